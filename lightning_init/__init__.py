@@ -1,0 +1,1 @@
+"""Start every training run from the right weights, and see whether signal and gradient stay healthy."""

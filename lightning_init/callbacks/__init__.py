@@ -1,0 +1,1 @@
+"""The two Lightning callbacks: lifecycle only, no mathematics."""

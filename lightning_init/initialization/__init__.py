@@ -1,0 +1,1 @@
+"""Which weights a model starts from: fans, gains, schemes, plan, draw, write, report."""
