@@ -46,6 +46,10 @@ class Distribution(Scheme):
     def kurtosis(self) -> float:
         """E[(x - mean)^4] / std^4, which sets the sampling error of a measured std (0 for a constant)."""
 
+    def sampling_error(self, count: int) -> float:
+        """Relative standard error of the std measured on ``count`` elements: √((kurtosis - 1) / (4·count))."""
+        return math.sqrt(max(self.kurtosis - 1, 0.0) / (4 * count))
+
     @abstractmethod
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
         """Fill a contiguous one-dimensional float32 CPU ``block`` in place."""

@@ -1,0 +1,24 @@
+"""The user's own names for modules and parameters, whatever wraps them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_ALWAYS_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def clean_name(model: nn.Module, path: str) -> str:
+    """The attribute path a user would write, without the steps that ``torch.compile``, FSDP1, activation checkpointing and DDP add.
+
+    >>> clean_name(nn.Sequential(), "net._orig_mod.0.weight")
+    'net.0.weight'
+    """
+    module: object = model
+    kept = []
+    for step in path.split("."):
+        is_wrapper = isinstance(module, (DistributedDataParallel, DataParallel)) and step == "module"
+        if not (is_wrapper or step in _ALWAYS_WRAPPERS):
+            kept.append(step)
+        module = getattr(module, step, None)
+    return ".".join(kept)
