@@ -1,0 +1,40 @@
+"""Real Trainers for tests: quiet, on the CPU, alone or on the ranks of `distributed.harness`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+
+def make_trainer(**options: Any) -> Trainer:
+    """A Trainer that prints and writes nothing unless asked; every option of Trainer overrides."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**{"accelerator": "cpu", "devices": 1, **quiet, **options})
+
+
+def make_ddp_trainer(**options: Any) -> Trainer:
+    """To be called on every rank: ``strategy="ddp"`` on the ranks that are there."""
+    return make_trainer(strategy="ddp", devices=int(os.environ["WORLD_SIZE"]), **options)
+
+
+def make_fsdp2_trainer(tensor_parallel_size: int = 1, one_file: bool = False, **options: Any) -> Trainer:
+    """To be called on every rank: FSDP2, and with ``tensor_parallel_size`` a mesh of two dimensions.
+
+    Args:
+        one_file: save full checkpoints instead of a folder of shards.
+    """
+    world_size = int(os.environ["WORLD_SIZE"])
+    strategy = ModelParallelStrategy(
+        data_parallel_size=world_size // tensor_parallel_size,
+        tensor_parallel_size=tensor_parallel_size,
+        save_distributed_checkpoint=not one_file,
+    )
+    return make_trainer(strategy=strategy, devices=world_size, **options)
