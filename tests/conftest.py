@@ -50,6 +50,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def connect_to_this_machine(self: socket.socket, address: Any) -> None:
         if self.family != socket.AF_UNIX and not _is_loopback(address[0]):
+            self.close()
             raise RuntimeError(f"a test must not use the network: it tried to reach {address}")
         connect(self, address)
 
