@@ -1,0 +1,87 @@
+"""E[f(z)²] for z ~ N(0, 1), to ten digits for any f: adaptive Gauss-Legendre panels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_NODES_PER_PANEL = 16
+_LIMIT = 38.0  # the density is 1e-314 there, about the smallest float64
+_RELATIVE_ERROR = 1e-13  # of one panel; a few hundred of them add up
+_TAIL_SHARE = 1e-9
+_MAX_HALVINGS = 60  # a jump costs one panel a halving, and settles after about 43
+_MAX_PANELS = 100_000
+
+
+def second_moment(function: Callable[[Tensor], Tensor]) -> float:
+    """E[f(z)²] for z ~ N(0, 1).
+
+    Panels whose two halves disagree with the whole are halved again, which closes in on kinks and jumps
+    wherever they are: one fixed rule over the whole line is off by 1e-4 at a kink.
+
+    Args:
+        function: maps a float64 tensor [points] elementwise.
+
+    Returns:
+        The moment; infinity if the tails do not fall off, NaN if the function is NaN somewhere.
+
+    Raises:
+        ValueError: the panels do not settle: a singularity, or oscillation too fast to follow.
+
+    >>> abs(second_moment(torch.relu) - 0.5) < 1e-12
+    True
+    """
+    left, right = _panels()
+    whole = _integrals(function, left, right)
+    if whole[[0, -1]].sum() > _TAIL_SHARE * whole.sum():
+        return math.inf
+    settled_sum = 0.0
+    for _ in range(_MAX_HALVINGS):
+        middle = (left + right) / 2
+        left, right = torch.stack((left, middle)), torch.stack((middle, right))  # [2, panels]
+        halves = _integrals(function, left, right)
+        refined = halves.sum(0)
+        unsettled = (refined - whole).abs() > _RELATIVE_ERROR * (settled_sum + refined.sum())
+        settled_sum += refined[~unsettled].sum().item()
+        if not unsettled.any():
+            return settled_sum
+        left, right, whole = (rows[:, unsettled].flatten() for rows in (left, right, halves))
+        if whole.numel() > _MAX_PANELS:
+            break
+    raise ValueError("the integral of f(z)² does not settle: f has a singularity or oscillates too fast")
+
+
+@cache
+def _panels() -> tuple[Tensor, Tensor]:
+    """Ends of the first panels, ever finer towards 0: there are f's features where its input is scaled up."""
+    fine = 0.5 ** torch.arange(41, 0, -1, dtype=torch.float64, device="cpu")
+    even = torch.arange(1.0, 12.0, 0.5, dtype=torch.float64, device="cpu")
+    wide = torch.arange(12.0, _LIMIT + 1, 2.0, dtype=torch.float64, device="cpu")
+    positive = torch.cat((fine, even, wide))
+    edges = torch.cat((-positive.flip(0), torch.zeros(1, dtype=torch.float64, device="cpu"), positive))
+    return edges[:-1], edges[1:]
+
+
+@cache
+def _gauss_legendre() -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [-1, 1] (Golub & Welsch 1969: eigenvalues of the Jacobi matrix)."""
+    k = torch.arange(1, _NODES_PER_PANEL, dtype=torch.float64, device="cpu")
+    off_diagonal = k / (4 * k * k - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(off_diagonal.diag(1) + off_diagonal.diag(-1))
+    return nodes, 2 * vectors[0] ** 2
+
+
+def _integrals(function: Callable[[Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """∫ f(z)² φ(z) dz over each panel, in the panels' own shape."""
+    nodes, weights = _gauss_legendre()
+    half = ((right - left) / 2).unsqueeze(-1)
+    points = left.unsqueeze(-1) + half * (nodes + 1)  # [..., panels, nodes]
+    # √φ goes inside the square, so that a function that grows like e^z does not overflow first.
+    root_density = torch.exp(-points.square() / 4) / (2 * math.pi) ** 0.25
+    values = function(points.flatten()).view_as(points) * root_density
+    integrals: Tensor = (values.square() * weights * half).sum(-1)
+    return integrals
