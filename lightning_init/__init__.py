@@ -1,1 +1,67 @@
 """Start every training run from the right weights, and see whether signal and gradient stay healthy."""
+
+from lightning_init.initialization.distributions import (
+    Constant,
+    Distribution,
+    Normal,
+    Scheme,
+    TruncatedNormal,
+    Uniform,
+)
+from lightning_init.initialization.fans import Fans
+from lightning_init.initialization.gains import gain_of
+from lightning_init.initialization.initialize import initialize, plan
+from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.report import InitReport
+from lightning_init.initialization.role import Role
+from lightning_init.initialization.roles import fans_of, register
+from lightning_init.initialization.rules import Rule
+from lightning_init.initialization.schemes import (
+    SCHEMES,
+    FanScheme,
+    SchemeName,
+    Siren,
+    SmallInit,
+    TorchDefault,
+    VarianceScaling,
+)
+from lightning_init.initialization.structured import (
+    DeltaOrthogonal,
+    Identity,
+    Orthogonal,
+    Sparse,
+    StructuredScheme,
+    ZerO,
+)
+
+__all__ = [
+    "SCHEMES",
+    "Assignment",
+    "Constant",
+    "DeltaOrthogonal",
+    "Distribution",
+    "FanScheme",
+    "Fans",
+    "Identity",
+    "InitReport",
+    "Normal",
+    "Orthogonal",
+    "Role",
+    "Rule",
+    "Scheme",
+    "SchemeName",
+    "Siren",
+    "SmallInit",
+    "Sparse",
+    "StructuredScheme",
+    "TorchDefault",
+    "TruncatedNormal",
+    "Uniform",
+    "VarianceScaling",
+    "ZerO",
+    "fans_of",
+    "gain_of",
+    "initialize",
+    "plan",
+    "register",
+]

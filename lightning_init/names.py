@@ -9,7 +9,9 @@ _ALWAYS_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_mo
 
 
 def clean_name(model: nn.Module, path: str) -> str:
-    """The attribute path a user would write, without the steps that ``torch.compile``, FSDP1, activation checkpointing and DDP add.
+    """The attribute path a user would write, without the steps that wrappers add.
+
+    Wrappers are ``torch.compile``, FSDP1, activation checkpointing and DistributedDataParallel.
 
     >>> clean_name(nn.Sequential(), "net._orig_mod.0.weight")
     'net.0.weight'

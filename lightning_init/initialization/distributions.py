@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_init.checks import check_finite, check_positive
+
 
 class Scheme(ABC):
     """A way to fill one weight. Every scheme is a frozen dataclass under this class.
@@ -53,18 +55,6 @@ class Distribution(Scheme):
     @abstractmethod
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
         """Fill a contiguous one-dimensional float32 CPU ``block`` in place."""
-
-
-def check_positive(what: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{what} must be a finite number above 0, got {value!r}")
-
-
-def check_finite(what: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a finite number."""
-    if not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value!r}")
 
 
 @dataclass(frozen=True)

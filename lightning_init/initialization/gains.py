@@ -138,9 +138,7 @@ def _elementwise(activation: nn.Module | Elementwise) -> Elementwise:
             raise TypeError(f"activation must be a name, a module or a function, got {activation!r}")
         return activation
     if any(parameter.is_meta for parameter in activation.parameters()):
-        raise ValueError(
-            f"{type(activation).__name__} is on the meta device: its parameters have no values yet"
-        )
+        raise ValueError(f"{type(activation).__name__} is on the meta device: its parameters have no values yet")
     if isinstance(activation, nn.PReLU):
         # Both moments of a mixture of slopes are those of one slope, their root mean square.
         slope = activation.weight.detach().double().square().mean().sqrt().item()

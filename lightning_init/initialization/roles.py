@@ -125,9 +125,7 @@ def fans_of(module: nn.Module, parameter_name: str, *, bag_size: float = 1) -> F
 
 def _bag_fans(module: nn.Module, bag_size: float) -> Fans:
     if not isinstance(module, nn.EmbeddingBag):
-        raise ValueError(
-            f"bag_size={bag_size!r} means something to EmbeddingBag, not {type(module).__name__}"
-        )
+        raise ValueError(f"bag_size={bag_size!r} means something to EmbeddingBag, not {type(module).__name__}")
     if not bag_size > 0:
         raise ValueError(f"bag_size must be above 0, got {bag_size!r}")
     return embedding_bag_fans(module.mode, bag_size)
@@ -144,13 +142,10 @@ def _check_module_type(module_type: object) -> None:
     if isinstance(module_type, str):
         if "." not in module_type:
             raise ValueError(
-                "register(module_type) as text is a qualified name 'package.module.Class', "
-                f"got {module_type!r}"
+                f"register(module_type) as text is a qualified name 'package.module.Class', got {module_type!r}"
             )
     elif not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
-        raise TypeError(
-            f"register(module_type) is a subclass of nn.Module or its qualified name, got {module_type!r}"
-        )
+        raise TypeError(f"register(module_type) is a subclass of nn.Module or its qualified name, got {module_type!r}")
 
 
 def _describer(role: RoleLike) -> Describe:

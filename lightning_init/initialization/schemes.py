@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal, TypeAlias, get_args
 
+from lightning_init.checks import check_choice, check_positive
 from lightning_init.initialization.distributions import (
     Constant,
     Distribution,
@@ -17,7 +17,6 @@ from lightning_init.initialization.distributions import (
     Scheme,
     TruncatedNormal,
     Uniform,
-    check_positive,
 )
 from lightning_init.initialization.fans import Fans
 from lightning_init.initialization.structured import DeltaOrthogonal, Identity, Orthogonal, Sparse, ZerO
@@ -67,8 +66,8 @@ class VarianceScaling(FanScheme):
 
     def __post_init__(self) -> None:
         check_positive("VarianceScaling(scale)", self.scale)
-        choose("VarianceScaling(mode)", self.mode, get_args(Mode))
-        choose("VarianceScaling(distribution)", self.distribution, get_args(Shape))
+        check_choice("VarianceScaling(mode)", self.mode, get_args(Mode))
+        check_choice("VarianceScaling(distribution)", self.distribution, get_args(Shape))
 
     @property
     def gain(self) -> float:
@@ -156,9 +155,7 @@ class TorchDefault(Scheme):
 def _both(scale: float, mode: Mode, names: Iterable[str]) -> dict[str, Scheme]:
     """The normal, uniform and truncated form of one point on the formula, under each of its names."""
     return {
-        f"{name}_{ending}": VarianceScaling(scale, mode, shape)
-        for name in names
-        for ending, shape in _ENDINGS.items()
+        f"{name}_{ending}": VarianceScaling(scale, mode, shape) for name in names for ending, shape in _ENDINGS.items()
     }
 
 
@@ -226,16 +223,6 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
 """Every named scheme, aliases included. Schemes that need arguments (Normal, Uniform, Constant …) are classes only."""
 
 
-def choose(what: str, given: object, allowed: Iterable[str]) -> None:
-    """Raise ValueError, naming the nearest match, unless ``given`` is one of the ``allowed`` names."""
-    names = list(allowed)
-    if given in names:
-        return
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{what} is {given!r}; allowed: {', '.join(names)}{hint}")
-
-
 def scheme_of(scheme: str | Scheme) -> Scheme:
     """The scheme a user gave by name or as an object.
 
@@ -246,10 +233,8 @@ def scheme_of(scheme: str | Scheme) -> Scheme:
     if isinstance(scheme, Scheme):
         return scheme
     if not isinstance(scheme, str):
-        raise TypeError(
-            f"a scheme is a name or a Scheme object, got {scheme!r} of type {type(scheme).__name__}"
-        )
-    choose("scheme", scheme, SCHEMES)
+        raise TypeError(f"a scheme is a name or a Scheme object, got {scheme!r} of type {type(scheme).__name__}")
+    check_choice("scheme", scheme, SCHEMES)
     return SCHEMES[scheme]
 
 

@@ -11,7 +11,8 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_init.initialization.distributions import Scheme, check_positive
+from lightning_init.checks import check_positive
+from lightning_init.initialization.distributions import Scheme
 
 DrawNormal: TypeAlias = Callable[[int], Tensor]
 """Gives that many N(0, 1) float32 values from the start of one stream."""
@@ -33,7 +34,10 @@ class Matrix(NamedTuple):
     def at_centre(self, matrix: Tensor) -> Tensor:
         """``matrix`` at the kernel's centre tap, zero elsewhere. Shape: [rows, columns, *taps]."""
         full = matrix.new_zeros(self.rows, self.columns, *self.taps)
-        full[(..., *(size // 2 for size in self.taps))] = matrix
+        centre = full
+        for size in reversed(self.taps):
+            centre = centre.select(-1, size // 2)
+        centre.copy_(matrix)
         return full
 
 
@@ -203,7 +207,7 @@ def haar(matrix: Matrix, draw: DrawNormal) -> Tensor:
     """A Haar-distributed [rows, columns] matrix with orthonormal rows or columns, whichever are fewer, in float64."""
     tall = matrix._replace(rows=max(matrix.rows, matrix.columns), columns=min(matrix.rows, matrix.columns))
     q, r = torch.linalg.qr(_normals(tall, draw))
-    diagonal = r.diagonal()
+    diagonal: Tensor = r.diagonal()
     q = q * (diagonal / diagonal.abs())  # without it Q is not Haar-distributed: LAPACK chooses the signs
     return (q if matrix.rows >= matrix.columns else q.mH).contiguous()
 
@@ -219,7 +223,7 @@ def _normals(matrix: Matrix, draw: DrawNormal) -> Tensor:
 
 def _hadamard(order: int) -> Tensor:
     """Sylvester's Hadamard matrix. Shape: [2^order, 2^order], float64, elements ±1."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix: Tensor = torch.ones(1, 1, dtype=torch.float64)
     for _ in range(order):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix

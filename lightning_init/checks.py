@@ -1,0 +1,36 @@
+"""Errors that say what was given, what is allowed and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
+    """Raise ValueError, naming the nearest match, unless ``given`` is one of the ``allowed`` names."""
+    names = list(allowed)
+    if given not in names:
+        raise ValueError(f"{what} is {given!r}; allowed: {', '.join(names)}{did_you_mean(str(given), names)}")
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """``; did you mean 'relu'?`` for the nearest known name, "" where none is near.
+
+    >>> did_you_mean("rellu", ["relu", "tanh"])
+    "; did you mean 'relu'?"
+    """
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_positive(what: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{what} must be a finite number above 0, got {value!r}")
+
+
+def check_finite(what: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}")

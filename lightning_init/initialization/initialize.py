@@ -1,0 +1,140 @@
+"""The straight line from a model and a scheme to new weights and their report; works on any ``nn.Module``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_init.initialization.agreement import agree
+from lightning_init.initialization.distributions import Scheme
+from lightning_init.initialization.plan import Assignment, make_plan
+from lightning_init.initialization.report import SIGMAS, Entry, InitReport
+from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.structured import StructuredScheme
+from lightning_init.initialization.values import PLAIN, Measured, matrix_of
+from lightning_init.initialization.write import whole_parameters, write_all
+
+ROUNDING = 1e-4
+"""Relative difference of a std that storing values in 16 bits explains."""
+
+
+def initialize(
+    model: nn.Module,
+    scheme: str | Scheme = "he_normal",
+    *,
+    rules: Iterable[Rule] = (),
+    activation: str | None = None,
+    bias: float | None = None,
+    seed: int = 0,
+) -> InitReport:
+    """Draw new weights for a model, in place: the same seed gives the same weights on any number of devices.
+
+    Weights of known module types get the scheme; biases the scheme's own (0; 1 for the LSTM's forget gate;
+    PyTorch's for ``torch_default``); norms 1 and 0; embeddings N(0, 1). What is not known stays, and the report
+    says so. The global random state is neither used nor changed. Where ``torch.distributed`` runs, every rank
+    has to call this with the same arguments.
+
+    Args:
+        model: any module; its parameters may be DTensors (FSDP2, tensor parallel) or FSDP1's.
+        scheme: a name of ``SCHEMES`` or a scheme object.
+        rules: ahead of the scheme, the first that matches wins.
+        activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own.
+        bias: one value for every bias in place of the scheme's own.
+        seed: any integer.
+
+    Returns:
+        What was done to every parameter, with target and measured standard deviation.
+
+    Raises:
+        ValueError: an unknown name, a rule that matches nothing, a parameter on the meta device.
+        TypeError: an argument of the wrong type.
+        RuntimeError: ranks disagree; names the first parameter that differs.
+
+    >>> layer = nn.Linear(512, 256)
+    >>> report = initialize(layer, "he_normal", seed=1)
+    >>> abs(layer.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.02
+    True
+    """
+    return carry_out(model, Request.of(scheme, rules, activation, bias), seed)
+
+
+def plan(
+    model: nn.Module,
+    scheme: str | Scheme = "he_normal",
+    *,
+    rules: Iterable[Rule] = (),
+    activation: str | None = None,
+    bias: float | None = None,
+) -> list[Assignment]:
+    """What :func:`initialize` would do to each parameter; touches nothing. Arguments and errors as there.
+
+    >>> [(step.name, step.scheme) for step in plan(nn.Linear(2, 3))]
+    [('weight', 'he_normal'), ('bias', 'zeros')]
+    """
+    return make_plan(model, Request.of(scheme, rules, activation, bias))
+
+
+def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
+    """Plan, draw, write, compare between ranks, report."""
+    with whole_parameters(model):
+        assignments = make_plan(model, request)
+        _refuse_meta(assignments)
+        measured = write_all(assignments, seed)
+        totals = agree([assignment.name for assignment in assignments], measured)
+        entries = tuple(map(_entry, assignments, totals))
+    return InitReport(request.text, seed, entries)
+
+
+def _refuse_meta(assignments: Sequence[Assignment]) -> None:
+    on_meta = [step.name for step in assignments if step.place.parameter.is_meta]
+    if on_meta:
+        raise ValueError(
+            f"{len(on_meta)} parameters are on the meta device and hold no memory (the first: {on_meta[0]!r}): "
+            "call model.to_empty(device=...) first, then initialise"
+        )
+
+
+def _entry(step: Assignment, measured: Measured) -> Entry:
+    """The report's line on one parameter."""
+    parameter = step.place.parameter
+    entry = Entry(
+        name=step.name,
+        module_type=step.module_type,
+        shape=() if is_lazy(parameter) else tuple(parameter.shape),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        rule=step.rule,
+        fans=step.fans,
+        reason=step.reason,
+    )
+    if not step.is_drawn:
+        return entry
+    entry = dataclasses.replace(entry, scheme=step.scheme, gain=step.gain)
+    if not measured.count:
+        return entry
+    target, tolerance = _target(step, measured)
+    return dataclasses.replace(entry, target_std=target, measured_std=measured.std, tolerance=tolerance)
+
+
+def _target(step: Assignment, measured: Measured) -> tuple[float, float]:
+    """Target std over all slices, and how far the measured one may be off by sampling and rounding."""
+    place = step.place
+    shape = tuple(place.current.shape)
+    chunk = (shape[0] // len(step.values), *shape[1:]) if shape else ()
+    variance, rounding, error = 0.0, 0.0, 0.0
+    for values in step.values:
+        if isinstance(values, StructuredScheme):
+            matrix = matrix_of(chunk, step.role or PLAIN, place.parameter.is_complex())
+            std, relative = values.target_rms(matrix, step.gain), values.sampling_error(matrix)
+        else:
+            std, relative = values.target_std, values.sampling_error(measured.count)
+            rounding = max(rounding, abs(values.target_mean) * torch.finfo(place.parameter.dtype).eps)
+        variance += std**2 / len(step.values)
+        error = max(error, relative)
+    target = math.sqrt(variance)
+    tolerance = math.inf if measured.is_transformed else (SIGMAS * error + ROUNDING) * target + rounding
+    return target, tolerance

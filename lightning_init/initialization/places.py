@@ -1,0 +1,113 @@
+"""Where each parameter of a model lives: its owner, its name there, and what stands between it and the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
+
+from lightning_init.names import clean_name
+
+Via: TypeAlias = Literal["itself", "parametrization", "weight_norm", "recomputed"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One registered parameter and the attribute of its owner that the forward pass reads.
+
+    Attributes:
+        name: the registered parameter's full name, wrappers removed (``0.parametrizations.weight.original0``).
+        target: the full name of what the forward pass reads (``0.weight``); the stream is keyed by it.
+        module: the owner of that attribute.
+        attribute: its name there (``weight``).
+        parameter: the registered parameter.
+        via: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
+            by hooks); ``recomputed`` (pruning and the older spectral_norm: the forward pass recomputes it from here).
+    """
+
+    name: str
+    target: str
+    module: nn.Module
+    attribute: str
+    parameter: Tensor
+    via: Via = "itself"
+
+    @property
+    def current(self) -> Tensor:
+        """What the forward pass reads now; for a parametrized attribute it is computed."""
+        if self.via == "parametrization":
+            return torch.Tensor.detach(getattr(self.module, self.attribute))
+        return self.parameter.detach()
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every registered parameter of the model under every name it has, in order of registration."""
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owner_path, _, attribute = path.rpartition(".")
+        owner = model.get_submodule(owner_path)
+        name = clean_name(model, path)
+        if isinstance(owner, ParametrizationList):
+            yield _parametrized(model, owner_path, name, parameter)
+        else:
+            target, via = _behind(owner, attribute)
+            yield Place(name, _sibling(name, target), owner, target, parameter, via)
+
+
+def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor) -> Place:
+    """``X.parametrizations.weight.original0`` belongs to ``X.weight``."""
+    outer, _, attribute = list_path.rpartition(".")
+    owner_path = outer.removesuffix("parametrizations").removesuffix(".")
+    target = clean_name(model, f"{owner_path}.{attribute}" if owner_path else attribute)
+    return Place(name, target, model.get_submodule(owner_path), attribute, parameter, "parametrization")
+
+
+def _behind(owner: nn.Module, attribute: str) -> tuple[str, Via]:
+    """The attribute that the forward pass computes from a registered one by a pre-forward hook, if any."""
+    stem, _, ending = attribute.rpartition("_")
+    if ending in ("g", "v") and weight_norm_of(owner, stem) is not None:
+        return stem, "weight_norm"
+    if ending == "orig" and stem not in owner._parameters and hasattr(owner, stem):
+        return stem, "recomputed"
+    return attribute, "itself"
+
+
+def weight_norm_of(module: nn.Module, attribute: str) -> WeightNorm | None:
+    """The hook of ``torch.nn.utils.weight_norm`` that computes this attribute, if there is one."""
+    hooks = module._forward_pre_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, WeightNorm) and hook.name == attribute), None)
+
+
+def parametrizations_of(place: Place) -> ParametrizationList | None:
+    """The parametrizations of a place's attribute, if it has any."""
+    if not is_parametrized(place.module, place.attribute):
+        return None
+    found = getattr(place.module.parametrizations, place.attribute)
+    return found if isinstance(found, ParametrizationList) else None
+
+
+def _sibling(name: str, attribute: str) -> str:
+    owner, dot, _ = name.rpartition(".")
+    return f"{owner}{dot}{attribute}"
+
+
+def type_name(module: nn.Module) -> str:
+    """The user's class, without the classes that FSDP2 and ``parametrize`` derive from it on the fly."""
+    for kind in type(module).__mro__:
+        is_derived = kind.__name__ == "FSDPModule" or (
+            kind.__name__.startswith(("FSDP", "Parametrized")) and len(kind.__mro__) > 1 and _is_dynamic(kind)
+        )
+        if not is_derived:
+            return kind.__name__
+    return type(module).__name__
+
+
+def _is_dynamic(kind: type) -> bool:
+    """Whether the class was made at run time: its name is then no attribute of the module it claims to come from."""
+    import sys
+
+    return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is not kind

@@ -1,0 +1,198 @@
+"""From a model and a request to what will be done to each parameter; touches nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_init.initialization.distributions import Constant, Distribution, Normal, Scheme
+from lightning_init.initialization.fans import Fans
+from lightning_init.initialization.places import Place, parametrizations_of, places, type_name
+from lightning_init.initialization.role import Role
+from lightning_init.initialization.roles import role_of
+from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.schemes import FanScheme, TorchDefault, name_of, scheme_of
+from lightning_init.initialization.structured import StructuredScheme
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What will be done to one parameter.
+
+    Attributes:
+        place: where it lives; ``place.name`` is its full name.
+        module_type: class name of its owner.
+        rule: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
+        values: per slice what it is filled with: a distribution or a structured scheme; () where it is left alone.
+        scheme: how the values are called, such as ``he_normal``; "" where it is left alone.
+        gain: the gain that went into the values.
+        role: what the parameter is to its module; None for a module type that is not known.
+        reason: why it is left alone; "" where it is drawn.
+    """
+
+    place: Place
+    module_type: str
+    rule: str
+    values: tuple[Distribution | StructuredScheme, ...] = ()
+    scheme: str = ""
+    gain: float = 1.0
+    role: Role | None = None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """The parameter's full name, wrappers removed."""
+        return self.place.name
+
+    @property
+    def fans(self) -> Fans | None:
+        """Fans per slice, where the parameter has any."""
+        return self.role.fans if self.role else None
+
+    @property
+    def slices(self) -> tuple[str, ...]:
+        """Names of the equal chunks along dimension 0 that are drawn independently."""
+        return self.role.slices if self.role else ("",)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether new values are written."""
+        return bool(self.values)
+
+
+def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
+    """One assignment for every parameter name of the model, in order of registration.
+
+    Raises:
+        ValueError: a rule matches nothing, or asks for something its parameter does not have.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
+    found = list(places(model))
+    request.check_all_used([name for place in found for name in (place.name, place.target)])
+    by_parameter: dict[int, list[Place]] = defaultdict(list)
+    by_target: dict[str, list[Place]] = defaultdict(list)
+    for place in found:
+        by_parameter[id(place.parameter)].append(place)
+        by_target[place.target].append(place)
+    return [_assign(place, by_parameter[id(place.parameter)], by_target[place.target], request) for place in found]
+
+
+def _assign(place: Place, ties: list[Place], parts: list[Place], request: Request) -> Assignment:
+    """Decide for one parameter; the reasons to leave it alone come first."""
+    role = _role(place, ties)
+    rule = request.rule_for(*(name for tie in ties for name in (tie.name, tie.target)))
+    kind = type_name(place.module)
+    reason = _reason_to_leave(place, ties, parts, role, rule)
+    if reason:
+        return Assignment(place, kind, rule.pattern if rule else "left alone", role=role, reason=reason)
+    scheme, why, gain = _choose(place, ties, role, rule, request)
+    values = _values(scheme, role, gain, place)
+    if why == "bias" and role is not None and role.bias_values and scheme == Constant(0.0):
+        values = tuple(Constant(value) for value in role.bias_values)
+    return Assignment(place, kind, why, values, name_of(scheme), gain, role)
+
+
+def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: Role | None, rule: Rule | None) -> str:
+    """Why nothing is drawn into this parameter; "" if it is drawn."""
+    owner = min(ties, key=lambda tie: tie.target)  # by name: registration order must not change the weights
+    parameter = place.parameter
+    if is_lazy(parameter):
+        return "uninitialised: a lazy module gets its shape from its first batch; run one before fit"
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return f"integer ({parameter.dtype})"
+    if rule is not None and rule.keeps:
+        return "kept by rule"
+    if place is not owner:
+        return f"tied to {owner.target}"
+    if not parameter.requires_grad:
+        return "frozen"
+    if parts[0] is not place:
+        return f"written together with {parts[0].name}"
+    if role is not None and role.kind == "keep":
+        return "kept: registered so"
+    if role is None and (rule is None or not (rule.is_literal and _is_complete(rule))):
+        return _unknown(place)
+    return _why_not_through(place)
+
+
+def _is_complete(rule: Rule) -> bool:
+    """Whether a rule says everything, so that it also serves a module type that is not known."""
+    return isinstance(scheme_of(rule.scheme), Distribution)
+
+
+def _unknown(place: Place) -> str:
+    kind = type_name(place.module)
+    return f"module type unknown; to draw it: register({kind}, {place.attribute!r}, Fans(fan_in, fan_out))"
+
+
+def _why_not_through(place: Place) -> str:
+    """ "" if a parametrized attribute can be written, else what its parametrization lacks."""
+    parametrizations = parametrizations_of(place) if place.via == "parametrization" else None
+    if parametrizations is None:
+        return ""
+    for step in parametrizations:
+        if not hasattr(step, "right_inverse"):
+            return f"parametrized: {type(step).__name__} has no right_inverse"
+    return ""
+
+
+def _role(place: Place, ties: list[Place]) -> Role | None:
+    """The parameter's role; a lookup table that is also an output layer is a weight of that layer."""
+    roles = [role for role in (role_of(tie.module, tie.attribute) for tie in ties) if role is not None]
+    weights = [role for role in roles if role.kind == "weight"]
+    return next(iter(weights or roles), None)
+
+
+def _is_tied_head(ties: list[Place]) -> bool:
+    kinds = {role.kind for role in (role_of(tie.module, tie.attribute) for tie in ties) if role is not None}
+    return {"weight", "embedding"} <= kinds
+
+
+def _choose(
+    place: Place, ties: list[Place], role: Role | None, rule: Rule | None, request: Request
+) -> tuple[Scheme, str, float]:
+    """The scheme, what decided for it, and the gain."""
+    scheme = scheme_of(rule.scheme) if rule else request.scheme
+    gain = rule.gain if rule else request.gain
+    gain = scheme.gain if gain is None else gain
+    if rule is not None and rule.is_literal and (role is None or role.kind != "weight"):
+        if not isinstance(scheme, (Distribution, TorchDefault)):
+            kind = role.kind if role else "parameter of unknown type"
+            raise ValueError(
+                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {place.name!r}, a {kind} without fans; "
+                "give it Normal(std), Uniform(low, high), Constant(value) or 'keep'"
+            )
+        return scheme, rule.pattern, gain
+    assert role is not None
+    if role.kind == "weight":
+        if rule is None and _is_tied_head(ties) and not isinstance(scheme, TorchDefault):
+            assert role.fans is not None
+            return Normal(role.fans.fan_in**-0.5), "tied head", 1.0
+        return scheme, rule.pattern if rule else "scheme", gain
+    if role.kind == "bias":
+        return _bias(scheme, request.bias), "bias", 1.0
+    return role.default, role.kind, 1.0
+
+
+def _bias(scheme: Scheme, bias: float | None) -> Scheme:
+    """The bias the user gave, else the scheme's own: PyTorch's for torch_default, 0 for all others."""
+    if bias is not None:
+        return Constant(bias)
+    return scheme if isinstance(scheme, TorchDefault) else Constant(0.0)
+
+
+def _values(
+    scheme: Scheme, role: Role | None, gain: float, place: Place
+) -> tuple[Distribution | StructuredScheme, ...]:
+    """What each slice is filled with."""
+    if role is not None and isinstance(scheme, TorchDefault):
+        return (role.default,) * len(role.slices)
+    if isinstance(scheme, (Distribution, StructuredScheme)):
+        return (scheme,) * (len(role.slices) if role else 1)
+    if isinstance(scheme, FanScheme) and role is not None and role.fans is not None:
+        return (scheme.resolve(role.fans, gain),) * len(role.slices)
+    raise TypeError(f"{name_of(scheme)} of {place.name!r} is no Distribution, FanScheme or StructuredScheme")

@@ -1,0 +1,200 @@
+"""What was done to every parameter, with the proof: target and measured standard deviation side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from lightning_init.initialization.fans import Fans
+
+LINES = 10
+"""Rows of the table on the console; the whole one goes to the logger."""
+
+SIGMAS = 5
+"""How many standard errors a measured std may be off before :meth:`InitReport.check` objects."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was done to one parameter.
+
+    Attributes:
+        name: the parameter's full name, wrappers removed.
+        module_type: class name of its owner.
+        shape: of the whole parameter, whatever part of it is held here.
+        dtype: such as ``float32``.
+        rule: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
+        scheme: name of the scheme; "" where the parameter was left alone.
+        fans: per slice (gate, projection, group).
+        gain: the gain that went into the target.
+        target_std: √E[(x - mean)²] asked for; None where left alone.
+        measured_std: the same of the values that were written.
+        tolerance: largest difference between the two that sampling (5 standard errors) and rounding explain;
+            infinite where a parametrization turns the values into others, as spectral_norm does.
+        reason: why the parameter was left alone; "" where it was drawn.
+    """
+
+    name: str
+    module_type: str
+    shape: tuple[int, ...]
+    dtype: str
+    rule: str
+    scheme: str = ""
+    fans: Fans | None = None
+    gain: float | None = None
+    target_std: float | None = None
+    measured_std: float | None = None
+    tolerance: float = 0.0
+    reason: str = ""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the measured std differs from the target by more than sampling explains."""
+        if self.target_std is None or self.measured_std is None:
+            return False
+        return abs(self.measured_std - self.target_std) > self.tolerance
+
+
+@dataclass(frozen=True)
+class InitReport:
+    """Every parameter of a model exactly once: what was drawn and measured, or why it was left alone.
+
+    ``print`` it for ten lines grouped by module type and rule; ``to_dict``, ``to_json`` and ``to_markdown``
+    give the whole table.
+    """
+
+    scheme: str
+    seed: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def drawn(self) -> tuple[Entry, ...]:
+        """The parameters that got new values."""
+        return tuple(entry for entry in self.entries if not entry.reason)
+
+    @property
+    def left_alone(self) -> tuple[Entry, ...]:
+        """The parameters that kept theirs, each with its reason."""
+        return tuple(entry for entry in self.entries if entry.reason)
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry of a parameter, by its full name."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise KeyError(name)
+
+    def check(self) -> None:
+        """Raise ValueError naming each parameter whose measured std is off by more than sampling explains."""
+        off = [entry for entry in self.drawn if entry.is_off]
+        if off:
+            lines = [f"  {e.name}: measured {e.measured_std:.6g}, target {e.target_std:.6g}" for e in off]
+            raise ValueError("\n".join(["measured and target std differ beyond sampling error:", *lines]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole report as plain dictionaries, lists, strings and finite numbers."""
+        return {
+            "scheme": self.scheme,
+            "seed": self.seed,
+            "entries": [_plain(entry) for entry in self.entries],
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """The whole report as one Markdown table."""
+        header = "| parameter | module | shape | rule | scheme | fan_in | fan_out | gain | target std | measured std |"
+        lines = [f"**{self.title}**", "", header, "|---" * 10 + "|"]
+        return "\n".join([*lines, *(_markdown_row(entry) for entry in self.entries)])
+
+    @property
+    def title(self) -> str:
+        """One line: how many parameters were drawn, with which scheme and seed."""
+        return f"{self.scheme}, seed {self.seed}: {len(self.drawn)} of {len(self.entries)} parameters drawn"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Ten lines at most, grouped by module type, rule and scheme."""
+        groups = _grouped(self.entries)
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for column in ("module", "rule", "scheme"):
+            table.add_column(column)
+        for column in ("parameters", "gain", "target std", "measured std"):
+            table.add_column(column, justify="right")
+        shown = groups if len(groups) <= LINES else groups[: LINES - 1]
+        for group in shown:
+            table.add_row(*_group_row(group))
+        if len(shown) < len(groups):
+            rest = [entry for group in groups[len(shown) :] for entry in group]
+            table.add_row(f"… {len(groups) - len(shown)} more groups", "", "", str(len(rest)), "", "", "")
+        yield table
+
+    def __str__(self) -> str:
+        """The console's table as plain text."""
+        console = Console(width=140, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    """An entry without tuples; what is not finite (an embedding's fan_out) is None."""
+    plain = dataclasses.asdict(entry) | {"shape": list(entry.shape), "tolerance": _finite(entry.tolerance)}
+    plain["fans"] = {name: _finite(fan) for name, fan in entry.fans._asdict().items()} if entry.fans else None
+    return plain
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
+    """Entries of one module type, rule, scheme and reason together; those left alone last, so they are seen."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
+    for entry in entries:
+        key = (entry.module_type, entry.rule, entry.scheme, entry.gain, _kind_of_reason(entry))
+        groups.setdefault(key, []).append(entry)
+    return sorted(groups.values(), key=lambda group: (not group[0].reason, -len(group)))
+
+
+def _kind_of_reason(entry: Entry) -> str:
+    """The reason without the name of the one parameter it speaks of."""
+    return entry.reason.split(" to ")[0] if entry.reason.startswith("tied") else entry.reason
+
+
+def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
+    first = group[0]
+    what = first.scheme or f"left alone: {first.reason}"
+    gain = "" if first.gain is None else f"{first.gain:.4g}"
+    targets = [entry.target_std for entry in group if entry.target_std is not None]
+    measured = [entry.measured_std for entry in group if entry.measured_std is not None]
+    return first.module_type, first.rule, what, str(len(group)), gain, _span(targets), _span(measured)
+
+
+def _span(values: Sequence[float]) -> str:
+    """One number, or the smallest and the largest."""
+    if not values:
+        return ""
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    return low if low == high else f"{low} … {high}"
+
+
+def _markdown_row(entry: Entry) -> str:
+    fans = tuple(f"{fan:g}" for fan in entry.fans) if entry.fans else ("", "")
+    stds = tuple("" if std is None else f"{std:.6g}" for std in (entry.target_std, entry.measured_std))
+    shape = "×".join(map(str, entry.shape))
+    what = entry.scheme or f"left alone: {entry.reason}"
+    gain = "" if entry.gain is None else f"{entry.gain:.6g}"
+    return (
+        "| "
+        + " | ".join([f"`{entry.name}`", entry.module_type, shape, f"`{entry.rule}`", what, *fans, gain, *stds])
+        + " |"
+    )

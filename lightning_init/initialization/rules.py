@@ -1,0 +1,131 @@
+"""What the user asked for, checked when it is said: rules, the scheme, its gain, the bias."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from lightning_init.checks import check_choice, check_finite, check_positive
+from lightning_init.initialization.distributions import Scheme
+from lightning_init.initialization.gains import gain_of
+from lightning_init.initialization.schemes import SCHEMES, name_of, scheme_of
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters whose full name matches a glob get a scheme of their own; the first rule that matches wins.
+
+    A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is taken literally. One whose last
+    part is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
+    they get without a rule.
+
+    Args:
+        pattern: glob on the parameter's full name, wrappers removed; ``*`` also matches dots.
+        scheme: a name of :data:`SCHEMES`, a scheme object, or ``"keep"``: leave the parameter as it is.
+        gain: in place of the scheme's own; only for schemes that have a gain.
+
+    Raises:
+        ValueError: an empty pattern, an unknown scheme, a gain that is not above 0 or has no meaning.
+        TypeError: an argument of the wrong type.
+
+    >>> Rule("head.weight", "zeros").matches("head.weight")
+    True
+    """
+
+    pattern: str
+    scheme: str | Scheme
+    gain: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str) or not self.pattern:
+            raise TypeError(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {self.pattern!r}")
+        if isinstance(self.scheme, str):
+            check_choice("Rule(scheme)", self.scheme, ["keep", *SCHEMES])
+        if self.scheme == "keep":
+            if self.gain is not None:
+                raise ValueError(f"Rule({self.pattern!r}, 'keep') draws nothing: it cannot have a gain")
+            return
+        if self.gain is not None:
+            check_positive("Rule(gain)", self.gain)
+            check_takes_gain(scheme_of(self.scheme), "Rule(gain)")
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the rule leaves its parameters alone."""
+        return self.scheme == "keep"
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether the pattern ends in a parameter's name instead of ``*``."""
+        return self.pattern.rpartition(".")[2] != "*"
+
+    def matches(self, *names: str) -> bool:
+        """Whether the pattern matches one of a parameter's names."""
+        return any(fnmatchcase(name, self.pattern) for name in names)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked request: a scheme for everything, rules ahead of it, the gain and the bias.
+
+    Raises:
+        ValueError, TypeError: as :class:`Rule`; an unknown activation; a bias that is not finite.
+    """
+
+    scheme: Scheme
+    rules: tuple[Rule, ...] = ()
+    gain: float | None = None
+    bias: float | None = None
+    text: str = field(default="", compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        scheme: str | Scheme,
+        rules: Iterable[Rule] | None = None,
+        activation: str | None = None,
+        bias: float | None = None,
+    ) -> Request:
+        """Check what a user gave and turn it into a request."""
+        chosen = scheme_of(scheme)
+        gain = None
+        if activation is not None:
+            check_takes_gain(chosen, "activation")
+            gain = gain_of(activation)
+        if bias is not None:
+            check_finite("bias", bias)
+        text = name_of(chosen) + (f" for {activation}" if activation else "")
+        return cls(chosen, _checked(rules), gain, bias, text)
+
+    def rule_for(self, *names: str) -> Rule | None:
+        """The first rule that matches one of a parameter's names."""
+        return next((rule for rule in self.rules if rule.matches(*names)), None)
+
+    def check_all_used(self, names: Sequence[str]) -> None:
+        """Raise ValueError, naming the nearest parameter, if a rule matches none of the names."""
+        for rule in self.rules:
+            if not any(rule.matches(name) for name in names):
+                near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.0)
+                raise ValueError(
+                    f"rule {rule.pattern!r} matches none of the model's {len(names)} parameters; "
+                    f"nearest names: {', '.join(near) or 'none'}"
+                )
+
+
+def check_takes_gain(scheme: Scheme, what: str) -> None:
+    """Raise ValueError where a gain was given to a scheme that has none."""
+    if not scheme.takes_gain:
+        able = [name for name, known in SCHEMES.items() if known.takes_gain]
+        raise ValueError(
+            f"{what} has no meaning for scheme {name_of(scheme)!r}; schemes with a gain: {', '.join(able)}"
+        )
+
+
+def _checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
+    given = tuple(rules or ())
+    for rule in given:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rules is a list of Rule(pattern, scheme), got {rule!r} of type {type(rule).__name__}")
+    return given

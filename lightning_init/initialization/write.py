@@ -1,0 +1,148 @@
+"""Write drawn values into parameters: plain, sharded, non-contiguous, parametrized; always in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_init.initialization.distributions import Distribution
+from lightning_init.initialization.draw import Block, run_on_all_cores
+from lightning_init.initialization.places import Place, parametrizations_of, weight_norm_of
+from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.values import (
+    Measured,
+    Slice,
+    block_jobs,
+    canary,
+    measure,
+    slices_of,
+    whole,
+)
+from lightning_init.initialization.window import Window, window_of
+
+
+def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
+    """Draw and write every assignment on all cores; what was written of each, in the same order.
+
+    Contiguous parameters are filled block by block in their own memory. Others (channels_last, structured,
+    complex, parametrized) need one copy of the parameter for each thread that is at work.
+    """
+    measured = [Measured() for _ in assignments]
+    jobs: list[tuple[int, Callable[[], Measured]]] = []
+    for index, assignment in enumerate(assignments):
+        if assignment.is_drawn and assignment.place.parameter.numel():
+            jobs.extend((index, job) for job in _jobs(assignment, seed))
+    results = run_on_all_cores([job for _, job in jobs])
+    for (index, _), part in zip(jobs, results, strict=True):
+        measured[index] += part
+    for index, assignment in enumerate(assignments):
+        if assignment.is_drawn:
+            _zero_padding_row(assignment)
+            _replace_shards_checksum(assignment, seed, measured[index])
+    return measured
+
+
+def _jobs(assignment: Assignment, seed: int) -> Iterator[Callable[[], Measured]]:
+    """The independent pieces of work that fill one parameter."""
+    place = assignment.place
+    if place.via in ("parametrization", "weight_norm"):
+        yield lambda: _write_through(assignment, seed)
+        return
+    window = window_of(place.parameter)
+    parts = slices_of(assignment, seed, window.whole_shape.numel())
+    is_elementwise = all(isinstance(part.values, Distribution) for part in parts)
+    if is_elementwise and window.local.is_contiguous() and not place.parameter.is_complex():
+        for part in parts:
+            yield from block_jobs(part, window, window.local.view(-1))
+    else:
+        yield lambda: _write_whole(assignment, parts, window)
+
+
+def _write_whole(assignment: Assignment, parts: Sequence[Slice], window: Window) -> Measured:
+    """Build all of a parameter's values, then keep what belongs here."""
+    values = window.take(_whole_parameter(assignment, parts, window.whole_shape, window.local.dtype))
+    window.local.copy_(values.view(window.local.shape))
+    return measure(values.to(window.local.dtype), parts[0].values)
+
+
+def _whole_parameter(assignment: Assignment, parts: Sequence[Slice], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """All slices of a parameter, one after the other along dimension 0. Shape: ``shape``."""
+    if not shape:
+        return whole(parts[0], (), assignment.role, dtype)
+    chunk = (shape[0] // len(parts), *shape[1:])
+    return torch.cat([whole(part, chunk, assignment.role, dtype) for part in parts])
+
+
+@torch.no_grad()
+def _write_through(assignment: Assignment, seed: int) -> Measured:
+    """Write an attribute that is computed from other parameters, through the inverse of that computation.
+
+    Measured is the attribute as the forward pass will read it. No_grad because the setting is per thread.
+    """
+    place = assignment.place
+    current = place.current
+    parts = slices_of(assignment, seed, current.numel())
+    values = _whole_parameter(assignment, parts, current.shape, current.dtype).to(current)
+    if place.via == "weight_norm":
+        _set_weight_norm(place, values)
+    else:
+        _set_parametrized(place, values)
+    now = place.current
+    measured = measure(now, parts[0].values)
+    measured.is_transformed = not torch.allclose(now, values, rtol=1e-3)
+    return measured
+
+
+def _set_parametrized(place: Place, values: Tensor) -> None:
+    """Send values through each right inverse, last parametrization first, and copy them in place."""
+    steps = parametrizations_of(place)
+    assert steps is not None
+    inverse: Tensor | Sequence[Tensor] = values
+    for step in reversed(list(steps)):
+        inverse = step.right_inverse(inverse)  # type: ignore[operator]
+    originals = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
+    for original, value in zip(originals, [inverse] if isinstance(inverse, Tensor) else inverse, strict=True):
+        window = window_of(original)
+        window.local.copy_(window.take(value).view(window.local.shape))
+
+
+def _set_weight_norm(place: Place, values: Tensor) -> None:
+    """The older weight_norm by hooks: weight = g·v/|v|, so v is the weight and g its norm."""
+    hook = weight_norm_of(place.module, place.attribute)
+    assert hook is not None
+    getattr(place.module, f"{place.attribute}_v").copy_(values)
+    getattr(place.module, f"{place.attribute}_g").copy_(torch.norm_except_dim(values, 2, hook.dim))
+
+
+def _zero_padding_row(assignment: Assignment) -> None:
+    """A lookup table's padding row is zero, as the module itself would have it."""
+    row = assignment.role.padding_index if assignment.role else None
+    if row is None:
+        return
+    window = window_of(assignment.place.parameter)
+    width = math.prod(window.whole_shape[1:])
+    overlap = window.overlap(Block(row * width, (row + 1) * width, 0))
+    if overlap is not None:
+        window.local.view(-1)[overlap[0]] = 0
+
+
+def _replace_shards_checksum(assignment: Assignment, seed: int, measured: Measured) -> None:
+    """The bits of a shard differ from rank to rank by design: compare the start of its streams instead."""
+    window = window_of(assignment.place.parameter)
+    if window.is_sharded:
+        parts = slices_of(assignment, seed, window.whole_shape.numel())
+        measured.checksum = sum(canary(part) for part in parts) % 2**62
+
+
+@contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """FSDP1 keeps flat shards: gather them as plain parameters, and write every rank's shard back."""
+    with ExitStack() as stack:
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            stack.enter_context(FullyShardedDataParallel.summon_full_params(model, writeback=True))
+        yield
