@@ -1,0 +1,51 @@
+# make install   the development environment in .venv; the other targets see to it themselves
+# make demo      20 ReLU layers on two processes, twice: PyTorch's default weights, then He's
+# make test      lint, types, doctests, tests
+# make picture   draw docs/tensorboard.png again from the demo's runs
+
+BIN   := .venv/bin
+STAMP := .venv/.installed
+PYTHON ?=
+
+.PHONY: install demo test lint types picture clean
+
+install: $(STAMP)
+
+# The first Python that is new enough and has venv; PYTHON=/path/to/python overrides the search.
+$(STAMP): pyproject.toml constraints.txt
+	@rm -f $@
+	@set -e; \
+	for python in $(PYTHON) python3.11 python3.12 python3.13 python3.10 python3; do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	        test -x $(BIN)/python || $$python -m venv .venv; \
+	        break; \
+	    fi; \
+	done; \
+	test -x $(BIN)/python || { echo "error: no Python >= 3.10 with venv found; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+FIT := $(BIN)/lightning-init fit --config configs/digits.yaml
+
+demo: $(STAMP)
+	@rm -rf runs/digits
+	$(FIT) --init.scheme torch_default --trainer.logger.version torch_default
+	$(FIT)
+	@$(BIN)/python -m examples.table runs/digits/torch_default runs/digits/he_normal
+
+test: lint types
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+picture: $(STAMP)
+	$(BIN)/python -m examples.picture runs/digits/torch_default runs/digits/he_normal --out docs/tensorboard.png
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
