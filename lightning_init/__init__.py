@@ -1,5 +1,6 @@
 """Start every training run from the right weights, and see whether signal and gradient stay healthy."""
 
+from lightning_init.callbacks.init import InitCallback
 from lightning_init.initialization.distributions import (
     Constant,
     Distribution,
@@ -43,6 +44,7 @@ __all__ = [
     "FanScheme",
     "Fans",
     "Identity",
+    "InitCallback",
     "InitReport",
     "Normal",
     "Orthogonal",

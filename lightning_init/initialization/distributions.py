@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_init.checks import check_finite, check_positive
 
 
-class Scheme(ABC):
+class Scheme(ABC):  # noqa: B024 (the three kinds below it have nothing to implement in common)
     """A way to fill one weight. Every scheme is a frozen dataclass under this class.
 
     A scheme is either a :class:`Distribution`, becomes one once the fans are known

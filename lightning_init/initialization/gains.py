@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quadrature import second_moment
+from lightning_init.initialization.quadrature import second_moment
 
 Elementwise = Callable[[Tensor], Tensor]
 Activation = str | nn.Module | Elementwise

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distributions import Constant
-from .role import Role
+from lightning_init.initialization.distributions import Constant
+from lightning_init.initialization.role import Role
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
 _NORM_NAME = re.compile(r"Norm(?![a-z])")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .distributions import Constant, Distribution
-from .fans import Fans
+from lightning_init.initialization.distributions import Constant, Distribution
+from lightning_init.initialization.fans import Fans
 
 Kind = Literal["weight", "bias", "norm", "embedding", "other", "keep"]
 

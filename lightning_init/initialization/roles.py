@@ -10,11 +10,11 @@ from typing import Literal
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .distributions import Constant
-from .fans import Fans, embedding_bag_fans
-from .norms import is_norm_by_name, norm_role
-from .role import KEEP, Role
-from .torch_roles import TORCH_ROLES, Describe, torch_uniform
+from lightning_init.initialization.distributions import Constant
+from lightning_init.initialization.fans import Fans, embedding_bag_fans
+from lightning_init.initialization.norms import is_norm_by_name, norm_role
+from lightning_init.initialization.role import KEEP, Role
+from lightning_init.initialization.torch_roles import TORCH_ROLES, Describe, torch_uniform
 
 __all__ = ["Fans", "Role", "fans_of", "register", "role_of"]
 

@@ -47,7 +47,7 @@ class VarianceScaling(FanScheme):
 
     Args:
         scale: gain², the variance times the fan; above 0.
-        mode: what to divide by: ``fan_in``, ``fan_out``, their mean ``fan_avg``, or ``fan_geo_avg`` = √(fan_in·fan_out).
+        mode: what to divide by: ``fan_in``, ``fan_out``, their mean ``fan_avg``, ``fan_geo_avg`` = √(fan_in·fan_out).
         distribution: ``normal``; ``uniform`` on ±√3·std; ``truncated_normal``, cut at ±2 std, with the std corrected.
 
     Raises:
@@ -101,7 +101,7 @@ def _effective_fan(fans: Fans, mode: Mode) -> float:
 
 @dataclass(frozen=True)
 class SmallInit(FanScheme):
-    """N(0, 2 / (5·dim)): Xavier's variance for a layer from ``dim`` to 4·``dim``, used for every layer of a transformer.
+    """N(0, 2 / (5·dim)): Xavier's variance for a layer from ``dim`` to 4·``dim``, for all layers of a transformer.
 
     Args:
         dim: the model's width; None: each weight's own fan_in.

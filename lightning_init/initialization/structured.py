@@ -209,7 +209,8 @@ def haar(matrix: Matrix, draw: DrawNormal) -> Tensor:
     q, r = torch.linalg.qr(_normals(tall, draw))
     diagonal: Tensor = r.diagonal()
     q = q * (diagonal / diagonal.abs())  # without it Q is not Haar-distributed: LAPACK chooses the signs
-    return (q if matrix.rows >= matrix.columns else q.mH).contiguous()
+    orthonormal: Tensor = q if matrix.rows >= matrix.columns else q.mH
+    return orthonormal.contiguous()
 
 
 def _normals(matrix: Matrix, draw: DrawNormal) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .distributions import Constant, Distribution, Normal, Uniform
-from .fans import Fans, bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
-from .norms import norm_role
-from .role import Role
+from lightning_init.initialization.distributions import Constant, Distribution, Normal, Uniform
+from lightning_init.initialization.fans import Fans, bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
+from lightning_init.initialization.norms import norm_role
+from lightning_init.initialization.role import Role
 
 Describe = Callable[[Any, str], Role]
 """From a module and the name of one of its parameters to the parameter's role."""

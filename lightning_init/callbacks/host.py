@@ -1,0 +1,51 @@
+"""Everything the callbacks need from Lightning that is not public, one commented function each."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy
+
+
+def is_deepspeed(trainer: Trainer) -> bool:
+    """Whether DeepSpeed runs the training."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks; the attribute is public, but set where type checkers do not look."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def move_ahead_of_finders(trainer: Trainer, callback: Callback) -> None:
+    """Make ``callback`` the first, if a learning rate or batch size finder is among the callbacks.
+
+    A finder trains inside its own ``on_fit_start`` and then ends the fit: whatever stands behind it never runs.
+    A new list is assigned, because the Trainer is walking through the present one.
+    """
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    if any(isinstance(other, (LearningRateFinder, BatchSizeFinder)) for other in others):
+        trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
+
+
+def restores_weights_before_fit_start(trainer: Trainer) -> bool:
+    """Whether this fit has loaded a checkpoint by now.
+
+    Strategies that restore later (FSDP2) leave ``ckpt_path`` empty on resume and stale afterwards: there the
+    checkpoint overwrites whatever is drawn, so nothing needs to be known.
+    """
+    return bool(trainer.ckpt_path) and not trainer.strategy.restore_checkpoint_after_setup
+
+
+def refresh_averages(trainer: Trainer, module: LightningModule) -> None:
+    """Copy new weights into averages that have not averaged anything yet.
+
+    ``WeightAveraging`` copies the model in ``setup``, ahead of ``on_fit_start``, and can write its copy back at
+    the end of training. It keeps the copy in a private attribute.
+    """
+    for callback in callbacks_of(trainer):
+        average = getattr(callback, "_average_model", None)
+        if isinstance(callback, WeightAveraging) and average is not None and int(average.n_averaged) == 0:
+            for mine, new in zip(average.module.parameters(), module.parameters(), strict=True):
+                mine.detach().copy_(new.detach())
