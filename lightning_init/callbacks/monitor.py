@@ -1,0 +1,293 @@
+"""The monitor as a Lightning callback: when to listen, when to exchange, where to write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_init.callbacks import loop
+from lightning_init.monitor.board import Board
+from lightning_init.monitor.eager import EagerMoment
+from lightning_init.monitor.layers import find_layers, select_layers
+from lightning_init.monitor.recorder import Recorder
+from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
+
+P = ParamSpec("P")
+
+
+@dataclass
+class _Run:
+    """One ``fit``, from ``on_fit_start`` to its end.
+
+    Attributes:
+        step: the logged step whose micro-batches are being collected.
+        listening: whether hooks are on the model.
+        forward_open: whether a forward pass counts, were it the training step's.
+        said: what was warned about.
+    """
+
+    recorder: Recorder
+    interval: int
+    board: Board | None = None
+    eager: EagerMoment = field(default_factory=EagerMoment)
+    step: int | None = None
+    listening: bool = False
+    forward_open: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def listen(self, counts: Callable[[], bool]) -> None:
+        """Put hooks on the model; compiled code runs as written, or they would not fire."""
+        self.listening = self.forward_open = True
+        self.eager.start()
+        self.recorder.tap.attach(lambda: self.forward_open and counts())
+
+    def stop_listening(self) -> None:
+        """No hook on the model, and compiled code runs compiled."""
+        self.listening = False
+        self.eager.stop()
+        self.recorder.tap.detach()
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn on rank zero, unless the topic was warned about."""
+        if topic not in self.said:
+            self.said.add(topic)
+            rank_zero_warn(f"ActivationVarianceMonitor {message}")
+
+    def report(self, fault: str | None) -> None:
+        """Say what has failed."""
+        if fault:
+            self.warn_once("fault", f"has failed and is switched off; training goes on. {fault}")
+
+
+def _harmless(
+    method: Callable[Concatenate[ActivationVarianceMonitor, _Run, P], None],
+) -> Callable[Concatenate[ActivationVarianceMonitor, P], None]:
+    """Hand the run to ``method``; training goes on whatever happens in there.
+
+    A failure is only noted: the next exchange tells every rank, and all switch off together.
+    """
+
+    @wraps(method)
+    def guarded(self: ActivationVarianceMonitor, *args: P.args, **kwargs: P.kwargs) -> None:
+        run = self._run
+        if run is None or run.recorder.off:
+            return
+        try:
+            method(self, run, *args, **kwargs)
+        except Exception as error:
+            run.recorder.fail(method.__name__, error)
+            run.stop_listening()
+
+    return cast("Callable[Concatenate[ActivationVarianceMonitor, P], None]", guarded)
+
+
+class ActivationVarianceMonitor(Callback):
+    """Logs, layer by layer, whether the signal and its gradient stay healthy while a model trains.
+
+    On the first step and every n-th after it, hooks measure each layer's output and the gradient that comes back;
+    the numbers of all ranks and micro-batches are added up and written to every logger of the Trainer:
+
+    ========================== ================================================================================
+    ``activation_variance``    population variance of all elements of the output
+    ``signal_variance``        mean over units of the variance over samples and positions: what depends on the
+                               input. A bias can hide a dead signal from the first number, not from this one
+    ``gradient_variance``      variance of d loss / d output, the loss being the mean over ranks and micro-batches
+    ``gradient_norm``          L2 norm of the gradients of the layer's own parameters, averaged over ranks,
+                               accumulated, unscaled, before clipping; ``gradient_norm/total`` of all
+    ``dead_units``             share of a ReLU layer's units that were never positive in the step
+    ========================== ================================================================================
+
+    Training is bit-identical with and without it; under ``torch.compile`` logged steps run eagerly and may differ
+    by rounding. If the monitor itself fails, it says so once and switches off on all ranks. Aggregates such as
+    ``gradient_norm/total`` are in ``trainer.callback_metrics``, for ``EarlyStopping`` and ``ModelCheckpoint``.
+
+    Args:
+        every_n_steps: steps from one logged step to the next, counting from step 0; None: the Trainer's
+            ``log_every_n_steps``.
+        layers: globs on layer names; None: every layer. A layer is a module that owns parameters or an activation.
+        stats: the statistics; None: those above. "default" may be a member, so that others can be added.
+
+    Raises:
+        ValueError: ``every_n_steps`` is not a whole number above 0, a statistic does not exist; at the start of
+            ``fit``, a glob that matches no layer.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        layers: list[str] | None = None,
+        stats: list[StatName] | None = None,
+    ) -> None:
+        if every_n_steps is not None and (
+            not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1
+        ):
+            raise ValueError(
+                f"every_n_steps must be a whole number above 0, or None for the Trainer's log_every_n_steps; "
+                f"got {every_n_steps!r}"
+            )
+        self.every_n_steps = every_n_steps
+        self.layers = layers
+        self.stats = chosen_stats(stats)
+        self._latest: dict[str, float] = {}
+        self._run: _Run | None = None
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The last logged step's numbers by tag, the same on every rank."""
+        return dict(self._latest)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers. Wrong globs stop here; nothing is attached before a logged step begins."""
+        self._end_run()
+        interval = loop.logging_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        if interval == 0:
+            rank_zero_warn("ActivationVarianceMonitor is off, because the Trainer's log_every_n_steps is 0.")
+            return
+        if reason := loop.why_nothing_is_written(trainer):
+            rank_zero_warn(f"ActivationVarianceMonitor only fills its .latest, because {reason}.")
+        device = trainer.strategy.root_device
+        try:
+            layers = find_layers(pl_module)
+        except Exception as error:
+            self._run = _Run(Recorder([], self.stats, device), interval)
+            self._run.recorder.fail("finding the layers", error)
+        else:
+            self._run = _Run(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+
+    @_harmless
+    def on_train_batch_start(
+        self, run: _Run, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin to listen if this micro-batch belongs to a logged step."""
+        run.stop_listening()
+        step = loop.step_number(trainer)
+        if step % run.interval:
+            return
+        if step != run.step:
+            run.recorder.start()
+            run.step = step
+        if run.recorder.fault is None:
+            run.listen(lambda: loop.in_training_step(pl_module))
+
+    @_harmless
+    def on_before_backward(self, run: _Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """From the loss on, gradients count. The forward pass is over, unless the user decides when."""
+        if run.listening:
+            run.forward_open = not pl_module.automatic_optimization
+            scale = loop.loss_scale(trainer)
+            share = 1.0 / loop.data_parallel_size(trainer)
+            run.recorder.tap.gradient_factor = share if scale is None else share / scale
+
+    @_harmless
+    def on_after_backward(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gradients of other backward passes are not the loss's."""
+        run.recorder.tap.gradient_factor = None
+
+    @_harmless
+    def on_before_optimizer_step(
+        self, run: _Run, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Gradients are accumulated, averaged and unscaled now, and not yet clipped."""
+        if run.listening:
+            scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            run.recorder.add_norms(parameters, 1.0 if scale is None else 1.0 / scale)
+
+    @_harmless
+    def on_train_batch_end(
+        self, run: _Run, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop listening; after the last micro-batch of a logged step, exchange and write."""
+        run.stop_listening()
+        step = loop.step_number(trainer)
+        if step != run.step or not loop.step_ends_with_this_batch(trainer):
+            return
+        run.step = None
+        try:
+            if (stats := run.recorder.exchange()) is not None:
+                self._publish(run, trainer, stats, step)
+        except Exception as error:  # after the collective: the other ranks hear of it at the next one
+            run.recorder.fail("writing", error)
+            run.report(run.recorder.fault)
+        run.report(run.recorder.off)
+
+    @_harmless
+    def on_train_epoch_end(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also an epoch that ended in the middle of a batch leaves nothing behind."""
+        run.stop_listening()
+
+    @_harmless
+    def on_train_end(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what was left to say, if no further exchange came."""
+        run.report(run.recorder.fault)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing stays behind, also where a run ended before it began."""
+        self._end_run()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Nothing stays behind: after an exception, no teardown comes."""
+        self._end_run()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the run in progress, whose hooks and weak references belong to this process."""
+        return {**self.__dict__, "_run": None}
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._run.stop_listening()
+        self._run = None
+
+    def _publish(self, run: _Run, trainer: Trainer, stats: LayerStats, step: int) -> None:
+        tags = stats.tags
+        if loop.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
+            run.warn_once(
+                "overflow",
+                f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "
+                "as it does while it adapts, and the optimizer skips the step.",
+            )
+            tags = {tag: value for tag, value in tags.items() if not tag.startswith("gradient_")}
+        self._latest = tags
+        device = trainer.strategy.root_device
+        aggregates = {tag: torch.tensor(value, device=device) for tag, value in _aggregates(tags).items()}
+        trainer.callback_metrics.update(aggregates)
+        if trainer.is_global_zero:
+            if run.board is None:
+                run.board = self._first_board(run, trainer)
+            run.board.write(tags, step)
+
+    def _first_board(self, run: _Run, trainer: Trainer) -> Board:
+        if silent := run.recorder.silent_layers:
+            run.warn_once("silent", f"found layers that nobody called in the first logged step: {_listed(silent)}.")
+        board = Board(trainer.loggers)
+        board.write_layout(self.stats)
+        return board
+
+
+def _aggregates(tags: dict[str, float]) -> dict[str, float]:
+    """What callbacks such as EarlyStopping can watch: the total norm, and each statistic's extremes over layers."""
+    total = "gradient_norm/total"
+    found = {total: tags[total]} if total in tags else {}
+    for stat in ("activation_variance", "signal_variance", "gradient_variance", "dead_units"):
+        values = [value for tag, value in tags.items() if tag.startswith(f"{stat}/")]
+        if values:
+            found[f"{stat}/min"], found[f"{stat}/max"] = min(values), max(values)
+    return found
+
+
+def _gradients_are_finite(tags: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for tag, value in tags.items() if tag.startswith("gradient_"))
+
+
+def _listed(names: list[str], limit: int = 20) -> str:
+    rest = len(names) - limit
+    return ", ".join(map(repr, names[:limit])) + (f" and {rest} more" if rest > 0 else "")

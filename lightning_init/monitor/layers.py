@@ -1,0 +1,108 @@
+"""Which modules are layers, in what order, under what names, and which parameters are theirs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_init.monitor.elementwise import Kind, activation_kind
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Attributes under which torch.compile, FSDP and activation checkpointing keep what they wrap."""
+
+_ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
+"""Modules whose parts never run by themselves: one layer with everything below it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A module whose output is measured.
+
+    Attributes:
+        name: the user's attribute path, without wrappers.
+        module: where the hook goes.
+        activation: the kind of activation it is; None for a module with parameters.
+        parameters: its own parameters and those of parts that belong to it.
+    """
+
+    name: str
+    module: nn.Module
+    activation: Kind | None
+    parameters: tuple[nn.Parameter, ...]
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every layer of ``model``, in registration order.
+
+    A layer is a module that owns parameters directly, or an activation module. The model itself is none.
+    Multi-head attention and recurrent networks are one layer each; ``parametrizations`` belong to their module.
+    """
+    layers: list[Layer] = []
+    inside: set[nn.Module] = set()  # parts of a layer, no layers themselves
+    for name, module in clean_modules(model):
+        if not name or module in inside:
+            continue
+        parts = _parts(module)
+        inside.update(parts)
+        own = [parameter for part in (module, *parts) for parameter in part.parameters(recurse=False)]
+        if own:
+            layers.append(Layer(name, module, None, tuple(dict.fromkeys(own))))
+        elif kind := activation_kind(module):
+            layers.append(Layer(name, module, kind, ()))
+    return layers
+
+
+def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> list[Layer]:
+    """The layers whose name matches a glob of ``patterns``, in their order; all of them for None.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    if patterns is None:
+        return list(layers)
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(_no_match(pattern, names))
+    return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+
+
+def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like ``model.named_modules()``, with the names a user wrote: no wrappers, no compiled shells."""
+    yield from _walk(model, "", set())
+
+
+def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    if module in seen:
+        return
+    seen.add(module)
+    yield name, module
+    wraps = isinstance(module, (DataParallel, DistributedDataParallel))
+    for attribute, child in module.named_children():
+        if attribute in _WRAPPERS or (wraps and attribute == "module"):
+            yield from _walk(child, name, seen)
+        else:
+            yield from _walk(child, f"{name}.{attribute}" if name else attribute, seen)
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Modules below that belong to this layer."""
+    if isinstance(module, _ONE_LAYER):
+        return list(module.modules())[1:]
+    parametrizations = getattr(module, "parametrizations", None)
+    return list(parametrizations.modules()) if isinstance(parametrizations, nn.ModuleDict) else []
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return (
+        f"layers: {pattern!r} matches none of the model's {len(names)} layers. "
+        f"The nearest names are {', '.join(map(repr, nearest))}; *, ? and [] work as in file names."
+        if names
+        else f"layers: {pattern!r} matches nothing, because the model has no layers at all."
+    )

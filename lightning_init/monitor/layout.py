@@ -1,0 +1,104 @@
+"""Where every number of a logged step stands in the one vector that all ranks add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_init.monitor.tap import Record
+
+FAULT, UNKNOWN, FLAGS = 0, 1, 2
+"""The vector's first numbers: ranks whose monitor has failed, ranks that saw a slot the layout lacks."""
+
+
+class Slot(NamedTuple):
+    """A layer's outputs with one number of units."""
+
+    layer: str
+    units: int
+
+
+class Layout:
+    """Slots, layers and parameter owners in an order that all ranks share, and the vector's parts.
+
+    The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer · the
+    parameter-gradient norms · sums of every unit of every slot. Its size depends on nothing but the model.
+
+    Args:
+        slots: in execution order.
+        owners: number of layers with parameters.
+        device: of the vector.
+    """
+
+    def __init__(self, slots: Sequence[Slot], owners: int, device: torch.device) -> None:
+        self.slots = tuple(slots)
+        self.layers = tuple(dict.fromkeys(slot.layer for slot in slots))
+        self.device = device
+        num_slots, num_layers = len(self.slots), len(self.layers)
+        sizes = (FLAGS, num_slots, num_slots, num_layers, num_layers, num_layers, 2 + 2 * owners)
+        ends = list(accumulate((*sizes, sum(slot.units for slot in slots))))
+        (self.flags, self.counts, self.squares, self.gradient_counts, self.gradient_sums, self.gradient_squares,
+         self.norms, self.sums) = (slice(start, end) for start, end in zip([0, *ends], ends, strict=False))  # fmt: skip
+        self.size = ends[-1]
+        place = {layer: i for i, layer in enumerate(self.layers)}
+        self.units = torch.tensor([slot.units for slot in slots], dtype=torch.int64, device=device)  # [slots]
+        self.layer_of_slot = torch.tensor([place[slot.layer] for slot in slots], dtype=torch.int64, device=device)
+        self.slot_of_unit = torch.arange(num_slots, device=device).repeat_interleave(self.units)  # [units]
+
+    def knows(self, records: Mapping[str, Record]) -> bool:
+        """Whether every slot of ``records`` has its place."""
+        return set(slots_of(records)) <= set(self.slots)
+
+    def pack(self, records: Mapping[str, Record], norms: Tensor, flags: Sequence[float]) -> Tensor:
+        """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        outputs = [records[name].outputs.get(units) if name in records else None for name, units in self.slots]
+        gradients = [records[name].gradients if name in records else None for name in self.layers]
+        numbers = [*flags, *(moments.n if moments else 0 for moments in outputs)]
+        counts = [moments.n if moments else 0 for moments in gradients]
+        host = torch.tensor([*numbers, *counts], dtype=torch.float64).to(self.device)
+        squares = [moments.squares if moments else zero for moments in outputs]
+        gradient_sums = [moments.sums.squeeze(0) if moments else zero for moments in gradients]
+        gradient_squares = [moments.squares if moments else zero for moments in gradients]
+        sums = [
+            moments.sums if moments else zero.expand(slot.units)
+            for slot, moments in zip(self.slots, outputs, strict=True)
+        ]
+        scalars = (
+            _stack(squares, zero),
+            host[len(numbers) :],
+            _stack(gradient_sums, zero),
+            _stack(gradient_squares, zero),
+        )
+        return torch.cat([host[: len(numbers)], *scalars, norms, *sums])
+
+
+def slots_of(records: Mapping[str, Record]) -> list[Slot]:
+    """The slots of ``records``, in the order of their first call."""
+    return [Slot(name, units) for name, record in records.items() for units in record.outputs]
+
+
+def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
+    """All slots of all ranks: the first rank's order, what it lacks after the slot it follows elsewhere."""
+    merged: list[Slot] = []
+    known: set[Slot] = set()
+    for order in orders:
+        if known.issuperset(order):
+            continue  # the usual case, and the only one that has to be fast with many ranks
+        position = 0
+        for slot in order:
+            if slot in known:
+                position = merged.index(slot) + 1
+            else:
+                merged.insert(position, slot)
+                known.add(slot)
+                position += 1
+    return merged
+
+
+def _stack(scalars: list[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack(scalars) if scalars else zero.new_empty(0)

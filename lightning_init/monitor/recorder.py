@@ -1,0 +1,136 @@
+"""One logged step from the first hook to the finished numbers: tap and norms filled, one exchange, one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_init.monitor.layers import Layer
+from lightning_init.monitor.layout import FAULT, UNKNOWN, Layout, Slot, in_one_order, slots_of
+from lightning_init.monitor.norms import GradientNorms
+from lightning_init.monitor.state import PackedState
+from lightning_init.monitor.stats import LayerStats, Reading
+from lightning_init.monitor.tap import Record, Tap
+
+
+class _Hello(NamedTuple):
+    """What ranks tell each other when they agree on a layout, or on switching off."""
+
+    slots: list[Slot]
+    fault: str | None
+
+
+class Recorder:
+    """Measures a model's layers and agrees with all ranks on the numbers.
+
+    Anything that fails on a rank is kept as its ``fault``. The rank goes on taking part in the exchanges, so
+    that nobody waits for it, and the next one tells all ranks to stop: then ``off`` is the reason.
+
+    Args:
+        layers: what to measure.
+        stats: which statistics, names of :data:`~lightning_init.monitor.stats.StatName` without "default".
+        device: where the summed vector lives.
+    """
+
+    def __init__(self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device) -> None:
+        self.layers = list(layers)
+        self.stats = tuple(stats)
+        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+        self.tap = Tap(layers, with_gradients="gradient_variance" in stats, on_fault=self._hook_fault)
+        self.norms = GradientNorms(layers, _world_size())
+        self.fault: str | None = None
+        self.off: str | None = None
+        self._rectifiers = frozenset(layer.name for layer in layers if layer.activation == "rectifier")
+        self._layout: Layout | None = None
+        self._state: PackedState | None = None
+
+    @property
+    def silent_layers(self) -> list[str]:
+        """Layers no rank has called so far."""
+        known = set(self._layout.layers) if self._layout else set()
+        return [layer.name for layer in self.layers if layer.name not in known]
+
+    def start(self) -> None:
+        """Begin a new step: forget what an unfinished one left."""
+        self.tap.empty()
+        self.norms.empty()
+
+    def add_norms(self, parameters: Iterable[nn.Parameter], factor: float | Tensor = 1.0) -> None:
+        """Take the gradient norms of ``parameters``, which are about to be stepped."""
+        if "gradient_norm" in self.stats and self.fault is None:
+            self.norms.add(parameters, factor)
+
+    def fail(self, where: str, error: BaseException) -> None:
+        """Remember the first thing that went wrong."""
+        self.fault = self.fault or f"{where}: {type(error).__name__}: {error}"
+
+    def exchange(self) -> LayerStats | None:
+        """Sum the step over all ranks; None if a rank has failed, and then ``off`` says why.
+
+        A collective: every rank has to call it, failed or not.
+        """
+        records = self.tap.empty()
+        if self._layout is None:
+            self._agree(records)
+        reading = self._summed(records)
+        if reading is not None and reading.flags[UNKNOWN] and not reading.flags[FAULT]:
+            self._agree(records)
+            reading = self._summed(records)
+        self.norms.empty()
+        if reading is None or self.off:
+            return None
+        if reading.flags[FAULT]:
+            self._agree({})
+            return None
+        return reading.stats(self.stats, self.norms.owners, self._rectifiers)
+
+    def _agree(self, records: dict[str, Record]) -> None:
+        """All ranks learn all slots, known ones first in line, and each other's faults."""
+        known = list(self._layout.slots) if self._layout else []
+        hellos = _gathered(_Hello(in_one_order([slots_of(records), known]), self.fault))
+        faults = [f"rank {rank}: {hello.fault}" for rank, hello in enumerate(hellos) if hello.fault]
+        if faults:
+            self.off = "; ".join(faults)
+        else:
+            slots = in_one_order(hello.slots for hello in hellos)
+            self._layout = Layout(slots, len(self.norms.owners), self.device)
+            self._state = PackedState(self._layout.size, self.device)
+
+    def _summed(self, records: dict[str, Record]) -> Reading | None:
+        """The one collective of a step, and the one copy to the host."""
+        if self.off or self._layout is None or self._state is None:
+            return None
+        self._state.reset()
+        self._state.update(self._vector(self._layout, records))
+        return Reading(self._state.compute(), self._layout)
+
+    def _vector(self, layout: Layout, records: dict[str, Record]) -> Tensor:
+        if self.fault is None:
+            try:
+                norms = self.norms.packed(self.device)
+                return layout.pack(records, norms, [0.0, float(not layout.knows(records))])
+            except Exception as error:
+                self.fail("packing", error)
+        vector = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
+        vector[FAULT] = 1.0
+        return vector
+
+    def _hook_fault(self, layer: str, error: Exception) -> None:
+        self.fail(f"hook on layer {layer!r}", error)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _gathered(message: Any) -> list[Any]:
+    """Every rank's message, in rank order. Only when ranks first meet, or have something new to say."""
+    if _world_size() == 1:
+        return [message]
+    messages: list[Any] = [None] * _world_size()
+    dist.all_gather_object(messages, message)
+    return messages

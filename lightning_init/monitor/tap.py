@@ -1,0 +1,217 @@
+"""The hooks: they see every layer's output and its gradient, keep three sums and let go of the tensor."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_init.moments import Moments, merge, observe, scale
+from lightning_init.monitor.layers import Layer
+from lightning_init.monitor.outputs import UnitRule, first_floating, unit_dim, unit_rule
+
+
+@dataclass(slots=True)
+class Record:
+    """What one layer has shown since the tap was emptied.
+
+    Attributes:
+        outputs: moments of its outputs by number of units: a module shared at two widths has two.
+        gradients: moments of d loss / d output, all elements as one unit.
+    """
+
+    outputs: dict[int, Moments] = field(default_factory=dict)
+    gradients: Moments | None = None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """An output of this batch: whose it is and where its units are. Does not keep the tensor alive."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    layer: Layer
+    units: UnitRule
+
+
+class Tap:
+    """Hooks on layers, the records they fill, and the two switches that say what counts.
+
+    Args:
+        layers: where to listen.
+        with_gradients: whether to listen to gradients.
+        on_fault: called with the layer's name and the exception if a hook fails; the forward pass goes on.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        *,
+        with_gradients: bool = True,
+        on_fault: Callable[[str, Exception], None],
+    ) -> None:
+        self.layers = list(layers)
+        self.with_gradients = with_gradients
+        self.records: dict[str, Record] = {}  # in the order of their first call
+        self.forward_counts: Callable[[], bool] = lambda: False
+        self.gradient_factor: float | Tensor | None = None
+        self.strays = 0
+        self._on_fault = on_fault
+        self._handles: list[RemovableHandle] = []
+        self._seen: dict[int, _Seen] = {}
+        self._latest: _Seen | None = None
+        self._bases: dict[int, weakref.ref[Tensor]] = {}
+        self._rules: dict[str, UnitRule] = {}
+
+    def attach(self, forward_counts: Callable[[], bool] = lambda: True) -> None:
+        """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
+        self.detach()
+        self.forward_counts = forward_counts
+        self._handles = [layer.module.register_forward_hook(_ForwardHook(self, layer)) for layer in self.layers]
+
+    def detach(self) -> None:
+        """Take every hook off. What was recorded stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._seen.clear()
+        self._bases.clear()
+        self._latest = None
+        self.gradient_factor = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return bool(self._handles)
+
+    def empty(self) -> dict[str, Record]:
+        """Hand over the records and start again."""
+        records, self.records, self.strays = self.records, {}, 0
+        return records
+
+    def saw_output(self, layer: Layer, args: Any, output: Any) -> None:
+        """One call of a layer has returned ``output``."""
+        recomputed = in_backward_pass()
+        if not (recomputed or self.forward_counts()):
+            return
+        tensor = first_floating(output)
+        if tensor is None or self._is_output_of_child(layer, tensor):
+            return
+        if not recomputed:
+            self._count(layer, args, tensor)
+        if self.with_gradients and tensor.requires_grad:
+            self._listen(layer, tensor)
+
+    def saw_gradient(self, layer: Layer, gradient: Tensor) -> None:
+        """d loss / d output of one call, as the backward pass left it: scaled, and this rank's."""
+        factor = self.gradient_factor
+        if factor is None:
+            self.strays += 1  # torch.autograd.grad inside the forward pass, or a backward nobody announced
+            return
+        moments = scale(observe(gradient), factor)
+        record = self.records.setdefault(layer.name, Record())
+        record.gradients = merge(record.gradients, moments) if record.gradients else moments
+
+    def fault(self, layer: Layer, error: Exception) -> None:
+        """A hook has failed."""
+        self._on_fault(layer.name, error)
+
+    def _count(self, layer: Layer, args: Any, tensor: Tensor) -> None:
+        rule = self._unit_rule(layer, args)
+        dim = unit_dim(tensor.shape, rule) if tensor.dim() else None
+        moments = observe(tensor, dim)
+        outputs = self.records.setdefault(layer.name, Record()).outputs
+        units = moments.sums.numel()
+        outputs[units] = merge(outputs[units], moments) if units in outputs else moments
+        found = UnitRule(units, -1 if dim is None else dim - tensor.dim())
+        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, found)
+
+    def _unit_rule(self, layer: Layer, args: Any) -> UnitRule:
+        rule = self._rules.get(layer.name)
+        if rule is None:  # now, not earlier: a lazy module knows its sizes only after its first call
+            rule = self._rules[layer.name] = unit_rule(layer.module)
+        if rule.units is not None:
+            return rule
+        source = first_floating(args)  # an activation's units are those of the layer it follows
+        before = (self._lookup(source) if source is not None else None) or self._latest
+        return before.units if before and layer.activation else rule
+
+    def _lookup(self, tensor: Tensor) -> _Seen | None:
+        seen = self._seen.get(id(tensor))
+        return seen if seen is not None and seen.tensor() is tensor else None
+
+    def _is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
+        seen = self._lookup(tensor)
+        unchanged = seen is not None and seen.version == tensor._version
+        return unchanged and seen is not None and seen.layer.name.startswith(f"{layer.name}.")
+
+    def _listen(self, layer: Layer, tensor: Tensor) -> None:
+        """Hook the gradient of ``tensor``.
+
+        ``nn.Linear`` returns a view when its input has three or more dimensions, and an in-place operation on a
+        view takes the view's hooks away without a word. Then the hook goes to what is viewed, if that is the same
+        numbers, has a history, and does not already stand for another layer's output.
+        """
+        base = tensor._base
+        if base is not None and base.grad_fn is not None and base.numel() == tensor.numel():
+            known = self._bases.get(id(base))
+            if known is None or known() is not base:
+                self._bases[id(base)] = weakref.ref(base)
+                tensor = base
+        tensor.register_hook(_GradientHook(self, layer))  # type: ignore[no-untyped-call]
+
+
+class _Hook:
+    """A hook that copies and pickles as one that does nothing: a model is saved as if it had none."""
+
+    __slots__ = ("layer", "tap")
+
+    def __init__(self, tap: Tap, layer: Layer) -> None:
+        self.tap, self.layer = tap, layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return no_hook
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _make_no_hook, ()
+
+
+class _ForwardHook(_Hook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            self.tap.saw_output(self.layer, args, output)
+        except Exception as error:
+            self.tap.fault(self.layer, error)
+
+
+class _GradientHook(_Hook):
+    __slots__ = ()
+
+    def __call__(self, gradient: Tensor) -> None:
+        try:
+            self.tap.saw_gradient(self.layer, gradient)
+        except Exception as error:
+            self.tap.fault(self.layer, error)
+
+
+def no_hook(*args: Any) -> None:
+    """What a copied or unpickled hook is."""
+
+
+def _make_no_hook() -> Callable[..., None]:
+    return no_hook
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread is inside a backward pass, where a forward can only be checkpointing's second one.
+
+    The autograd engine numbers its runs; -1 is none. There is no public name for it: this is the only use.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
