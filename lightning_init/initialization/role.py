@@ -30,7 +30,7 @@ class Role:
 
     Raises:
         ValueError: the kind is not one of those above; a weight has no fans; ``groups`` is below 1;
-            ``bias_values`` does not have one value per slice.
+            ``slices`` is empty; ``bias_values`` does not have one value per slice.
     """
 
     kind: Kind
@@ -48,6 +48,8 @@ class Role:
             raise ValueError(f"Role(kind) must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
         if self.kind == "weight" and self.fans is None:
             raise ValueError("Role(kind='weight') needs fans=Fans(fan_in, fan_out)")
+        if not self.slices:
+            raise ValueError("Role(slices) needs at least one name, such as the nameless ('',)")
         if self.groups < 1:
             raise ValueError(f"Role(groups) must be at least 1, got {self.groups!r}")
         if self.bias_values is not None and len(self.bias_values) != len(self.slices):

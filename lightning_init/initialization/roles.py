@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_init.initialization.distributions import Constant
@@ -106,7 +106,9 @@ def fans_of(module: nn.Module, parameter_name: str, *, bag_size: float = 1) -> F
         owner = module.get_submodule(path)
         parameter = getattr(owner, attribute)
     except AttributeError:
-        raise ValueError(_no_such_parameter(module, parameter_name)) from None
+        parameter = None
+    if not isinstance(parameter, Tensor):
+        raise ValueError(_no_such_parameter(module, parameter_name))
     if is_lazy(parameter):
         raise ValueError(f"{parameter_name!r} is lazy and has no shape yet: run one batch through the model")
     role = role_of(owner, attribute)
