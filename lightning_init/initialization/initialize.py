@@ -110,10 +110,11 @@ def _entry(step: Assignment, measured: Measured) -> Entry:
         rule=step.rule,
         fans=step.fans,
         reason=step.reason,
+        advice=step.advice,
     )
     if not step.is_drawn:
         return entry
-    entry = dataclasses.replace(entry, scheme=step.scheme, gain=step.gain)
+    entry = dataclasses.replace(entry, scheme=step.scheme, gain=step.gain if step.fans else None)
     if not measured.count:
         return entry
     target, tolerance = _target(step, measured)

@@ -17,6 +17,8 @@ from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.schemes import FanScheme, TorchDefault, name_of, scheme_of
 from lightning_init.initialization.structured import StructuredScheme
 
+UNKNOWN = "module type unknown"
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -31,6 +33,7 @@ class Assignment:
         gain: the gain that went into the values.
         role: what the parameter is to its module; None for a module type that is not known.
         reason: why it is left alone; "" where it is drawn.
+        advice: the line to paste where the module type is not known.
     """
 
     place: Place
@@ -41,6 +44,7 @@ class Assignment:
     gain: float = 1.0
     role: Role | None = None
     reason: str = ""
+    advice: str = ""
 
     @property
     def name(self) -> str:
@@ -88,12 +92,19 @@ def _assign(place: Place, ties: list[Place], parts: list[Place], request: Reques
     kind = type_name(place.module)
     reason = _reason_to_leave(place, ties, parts, role, rule)
     if reason:
-        return Assignment(place, kind, rule.pattern if rule else "left alone", role=role, reason=reason)
+        advice = _registration(place) if reason == UNKNOWN else ""
+        return Assignment(place, kind, rule.pattern if rule else "", role=role, reason=reason, advice=advice)
     scheme, why, gain = _choose(place, ties, role, rule, request)
     values = _values(scheme, role, gain, place)
     if why == "bias" and role is not None and role.bias_values and scheme == Constant(0.0):
         values = tuple(Constant(value) for value in role.bias_values)
-    return Assignment(place, kind, why, values, name_of(scheme), gain, role)
+    return Assignment(place, kind, why, values, name_of(scheme) + _through(place), gain, role)
+
+
+def _through(place: Place) -> str:
+    """Which parametrizations the values go through, so that nobody expects to measure what was drawn."""
+    steps = parametrizations_of(place) or ()
+    return "".join(f" through {type(step).__name__.lstrip('_')}" for step in steps)
 
 
 def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: Role | None, rule: Rule | None) -> str:
@@ -115,7 +126,7 @@ def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: 
     if role is not None and role.kind == "keep":
         return "kept: registered so"
     if role is None and (rule is None or not (rule.is_literal and _is_complete(rule))):
-        return _unknown(place)
+        return UNKNOWN
     return _why_not_through(place)
 
 
@@ -124,9 +135,9 @@ def _is_complete(rule: Rule) -> bool:
     return isinstance(scheme_of(rule.scheme), Distribution)
 
 
-def _unknown(place: Place) -> str:
-    kind = type_name(place.module)
-    return f"module type unknown; to draw it: register({kind}, {place.attribute!r}, Fans(fan_in, fan_out))"
+def _registration(place: Place) -> str:
+    """The line that makes a module type known."""
+    return f"register({type_name(place.module)}, {place.attribute!r}, Fans(fan_in, fan_out))"
 
 
 def _why_not_through(place: Place) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from lightning_init.initialization.fans import Fans
 
@@ -39,6 +40,7 @@ class Entry:
         tolerance: largest difference between the two that sampling (5 standard errors) and rounding explain;
             infinite where a parametrization turns the values into others, as spectral_norm does.
         reason: why the parameter was left alone; "" where it was drawn.
+        advice: the line to paste that would have it drawn, where its module type is not known.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Entry:
     measured_std: float | None = None
     tolerance: float = 0.0
     reason: str = ""
+    advice: str = ""
 
     @property
     def is_off(self) -> bool:
@@ -136,6 +139,9 @@ class InitReport:
             rest = [entry for group in groups[len(shown) :] for entry in group]
             table.add_row(f"… {len(groups) - len(shown)} more groups", "", "", str(len(rest)), "", "", "")
         yield table
+        advice = sorted({entry.advice for entry in self.entries if entry.advice})
+        if advice:
+            yield Text("To draw what is unknown: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
 
     def __str__(self) -> str:
         """The console's table as plain text."""
