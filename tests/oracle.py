@@ -1,0 +1,172 @@
+"""What the monitor should say, computed the slow way: every output kept whole, one process, plain float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+Batch = tuple[Tensor, Tensor]
+"""Inputs and classes (or targets) of one micro-batch on one rank."""
+
+
+def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(network(batch[0]), batch[1])
+
+
+class BatchModule(LightningModule):
+    """Trains ``network`` by SGD on exactly these micro-batches, in this order, on this rank."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: Sequence[Batch],
+        loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy,
+        learning_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.batches = list(batches)
+        self.loss = loss
+        self.learning_rate = learning_rate
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        return self.loss(self.network, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class MemoryLogger(Logger):
+    """Keeps what it is given: ``steps[step][tag]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        self.steps.setdefault(step, {}).update(metrics)
+
+
+class Watched:
+    """Keeps every output of the named modules, and after backward every gradient of them.
+
+    Args:
+        network: run in whatever precision it has.
+        unit_dims: dimension of the units, per layer; -1 where not given. The keys of the result are its names.
+    """
+
+    def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
+        self.outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+        self.gradients: dict[str, list[Tensor]] = {name: [] for name in names}
+        modules = dict(network.named_modules())
+        for name in self.outputs:
+            modules[name].register_forward_hook(self._keeper(name))
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            tensor = output
+            while not isinstance(tensor, Tensor):
+                tensor = next(iter(tensor.values() if isinstance(tensor, dict) else tensor))
+            self.outputs[name].append(tensor.detach().double().clone())
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self.gradients[name].append(gradient.double().clone()))
+
+        return keep
+
+
+def expected_tags(
+    network: nn.Module,
+    steps: Sequence[Sequence[Batch]],
+    *,
+    accumulation: int,
+    prefix: str = "network.",
+    loss: Callable[[nn.Module, Batch], Tensor] = cross_entropy,
+    names: Iterable[str] | None = None,
+    unit_dims: Mapping[str, int] | None = None,
+    rectifiers: Iterable[str] = (),
+) -> dict[str, float]:
+    """All default statistics of one optimizer step.
+
+    Args:
+        network: in float64; its gradients are left in it.
+        steps: the step's micro-batches of every rank: ``steps[rank][micro_batch]``.
+        accumulation: the Trainer's ``accumulate_grad_batches``, also where the last window is shorter.
+        names: layers; None: every leaf.
+        unit_dims: dimension of a layer's units where it is not the last.
+        rectifiers: layers that can have dead units.
+    """
+    leaves = [n for n, m in network.named_modules() if n and not any(m.children()) and _is_layer(m)]
+    names = leaves if names is None else list(names)
+    watched = Watched(network, names)
+    network.zero_grad()
+    world_size = len(steps)
+    for micro_batches in steps:
+        for batch in micro_batches:
+            (loss(network, batch) / (world_size * accumulation)).backward()
+    tags = {}
+    for name in names:
+        if outputs := watched.outputs[name]:
+            units = [_as_rows(output, (unit_dims or {}).get(name, -1)) for output in outputs]
+            tags |= _output_tags(prefix + name, units, name in rectifiers)
+        if gradients := watched.gradients[name]:
+            tags[f"gradient_variance/{prefix}{name}"] = _variance(torch.cat([g.flatten() for g in gradients]))
+        own = [p.grad for p in dict(network.named_modules())[name].parameters() if p.grad is not None]
+        if own:
+            tags[f"gradient_norm/{prefix}{name}"] = sum(float((g**2).sum()) for g in own) ** 0.5
+    every = [p.grad for p in network.parameters() if p.grad is not None]
+    tags["gradient_norm/total"] = sum(float((g**2).sum()) for g in every) ** 0.5
+    return tags
+
+
+def assert_tags_close(actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5) -> None:
+    """Same tags, and every value within ``relative`` of what is expected."""
+    assert set(actual) == set(expected), set(actual) ^ set(expected)
+    wrong = {t: (actual[t], e) for t, e in expected.items() if not abs(actual[t] - e) <= relative * abs(e)}
+    assert not wrong, f"(actual, expected): {wrong}"
+
+
+def _is_layer(module: nn.Module) -> bool:
+    shapes = (nn.Flatten, nn.Unflatten, nn.Dropout, nn.Identity, nn.AdaptiveAvgPool2d)
+    return not isinstance(module, shapes)
+
+
+def _as_rows(output: Tensor, unit_dim: int) -> Tensor:
+    return output.movedim(unit_dim, -1).reshape(-1, output.shape[unit_dim])  # [samples and positions, units]
+
+
+def _output_tags(name: str, units: list[Tensor], rectifies: bool) -> dict[str, float]:
+    by_width = {width: torch.cat([u for u in units if u.shape[1] == width]) for width in {u.shape[1] for u in units}}
+    per_unit = torch.cat([rows.var(0, correction=0) for rows in by_width.values()])
+    tags = {
+        f"activation_variance/{name}": _variance(torch.cat([u.flatten() for u in units])),
+        f"signal_variance/{name}": float(per_unit.mean()),
+    }
+    if rectifies:
+        dead = torch.cat([~(rows > 0).any(0) for rows in by_width.values()])
+        tags[f"dead_units/{name}"] = float(dead.double().mean())
+    return tags
+
+
+def _variance(values: Tensor) -> float:
+    return float(values.double().var(correction=0))
