@@ -1,6 +1,7 @@
 """Start every training run from the right weights, and see whether signal and gradient stay healthy."""
 
 from lightning_init.callbacks.init import InitCallback
+from lightning_init.callbacks.monitor import ActivationVarianceMonitor
 from lightning_init.initialization.distributions import (
     Constant,
     Distribution,
@@ -37,6 +38,7 @@ from lightning_init.initialization.structured import (
 
 __all__ = [
     "SCHEMES",
+    "ActivationVarianceMonitor",
     "Assignment",
     "Constant",
     "DeltaOrthogonal",
