@@ -98,7 +98,8 @@ def main() -> None:
     ]  # fmt: skip
     pair = nn.ModuleList([bare_linear(SIDE // 2), bare_linear(SIDE // 2)])
     table = Table(
-        title=f"{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        title=f"{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
     )
     for column in ("what", "against", "ms", "theirs, ms", "ratio"):
         table.add_column(column, justify="left" if column in ("what", "against") else "right")

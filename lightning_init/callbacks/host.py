@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -49,3 +52,23 @@ def refresh_averages(trainer: Trainer, module: LightningModule) -> None:
         if isinstance(callback, WeightAveraging) and average is not None and int(average.n_averaged) == 0:
             for mine, new in zip(average.module.parameters(), module.parameters(), strict=True):
                 mine.detach().copy_(new.detach())
+
+
+def watch_for_meta(module: LightningModule) -> None:
+    """Note on the module itself when Lightning gives memory to parameters that were made on the meta device.
+
+    ``ModelParallelStrategy`` calls ``to_empty`` on the root module between ``configure_model`` and
+    ``on_fit_start``, where no hook of a callback runs, and afterwards nothing tells fresh memory from weights.
+    """
+    module.to_empty = functools.partial(_noted_to_empty, module)  # type: ignore[method-assign]
+
+
+def came_from_meta(module: LightningModule) -> bool:
+    """Whether :func:`watch_for_meta` saw memory being given; ends the watch."""
+    module.__dict__.pop("to_empty", None)
+    return bool(module.__dict__.pop("_came_from_meta", False))
+
+
+def _noted_to_empty(module: LightningModule, *args: Any, **kwargs: Any) -> LightningModule:
+    module.__dict__["_came_from_meta"] = any(parameter.is_meta for parameter in module.parameters())
+    return type(module).to_empty(module, *args, **kwargs)

@@ -16,7 +16,7 @@ from lightning_init.checks import check_choice
 from lightning_init.initialization.agreement import ask_all_ranks
 from lightning_init.initialization.distributions import Scheme
 from lightning_init.initialization.initialize import carry_out
-from lightning_init.initialization.plan import make_plan
+from lightning_init.initialization.plan import UNKNOWN, make_plan
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.schemes import SchemeName
@@ -79,19 +79,32 @@ class InitCallback(Callback):
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
         host.move_ahead_of_finders(trainer, self)
+        host.watch_for_meta(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
+        came_from_meta = host.came_from_meta(pl_module)
         if self._when == "fresh":
             if self._is_settled(pl_module) or host.restores_weights_before_fit_start(trainer):
                 self._settle(pl_module)
                 return
-            self._refuse_trained(pl_module)
+            if not came_from_meta:
+                self._refuse_trained(pl_module)
+        if came_from_meta:
+            self._refuse_unknown(pl_module)
         self._seed = self._agreed_seed(trainer)
         self.report = carry_out(pl_module, self._request, self._seed)
         self._settle(pl_module)
         host.refresh_averages(trainer, pl_module)
         self._announce(trainer, self.report)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the module, also where fit never started."""
+        host.came_from_meta(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As :meth:`teardown`, which does not run then."""
+        host.came_from_meta(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Weights that come from a checkpoint stay."""
@@ -131,6 +144,17 @@ class InitCallback(Callback):
             f"To keep these weights: rules=[Rule({_common_pattern(signs)!r}, 'keep')]. "
             "To initialise all the same: when='always'."
         )
+
+    def _refuse_unknown(self, module: LightningModule) -> None:
+        """Raise where memory that never held a value would be trained."""
+        unknown = [step for step in make_plan(module, self._request) if step.reason == UNKNOWN]
+        empty = [step for step in unknown if not hasattr(step.place.module, "reset_parameters")]
+        if empty:
+            raise ValueError(
+                f"{empty[0].name!r} comes from the meta device and holds uninitialised memory: its module type is "
+                f"not known and has no reset_parameters. Make it known: lightning_init.{empty[0].advice}, "
+                f"or give it a rule: Rule({empty[0].name!r}, Normal(std))"
+            )
 
     def _agreed_seed(self, trainer: Trainer) -> int:
         """The seed that was given, else seed_everything's, else a random one, the same on every rank."""
