@@ -30,7 +30,7 @@ FIT := $(BIN)/lightning-init fit --config configs/digits.yaml
 
 demo: $(STAMP)
 	@rm -rf runs/digits
-	$(FIT) --init.scheme torch_default --trainer.logger.version torch_default
+	$(FIT) --init.scheme torch_default --trainer.logger.name torch_default
 	$(FIT)
 	@$(BIN)/python -m examples.table runs/digits/torch_default runs/digits/he_normal
 
