@@ -160,6 +160,8 @@ def matrix_of(shape: tuple[int, ...], role: Role, is_complex: bool = False) -> M
 
 def _checksum(held: Tensor) -> int:
     """Sum of the bits of float32 values, taken two by two, modulo 2⁶⁴."""
+    if held.storage_offset() % 2:
+        held = held.clone()  # only from an even offset can two floats be read as one integer
     even = held.numel() // 2 * 2
     pairs = int(held[:even].view(torch.int64).sum()) if even else 0
     last = int(held[even:].view(torch.int32)) if held.numel() > even else 0
