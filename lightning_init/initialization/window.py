@@ -20,17 +20,14 @@ class Window:
         whole_shape: shape of the whole parameter.
         offset: flat position of the first local element, where the local elements are consecutive.
         positions: else the flat position of each local element, in local order. Shape: [local.numel()]
+        is_sharded: whether what is held differs from process to process, even if this one holds everything.
     """
 
     local: Tensor
     whole_shape: torch.Size
     offset: int = 0
     positions: Tensor | None = None
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether other processes may hold elements that this one does not."""
-        return self.local.numel() != self.whole_shape.numel()
+    is_sharded: bool = False
 
     def take(self, whole: Tensor) -> Tensor:
         """This process's elements of a whole parameter's values, in local order. Shape: [local.numel()]"""
@@ -64,13 +61,15 @@ def window_of(tensor: Tensor) -> Window:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a parameter with partial placements {tensor.placements} cannot be initialised")
     local = tensor.to_local()
+    is_sharded = any(hasattr(placement, "dim") for placement in tensor.placements)
     indices = [_held_indices(tensor, dim) for dim in range(tensor.ndim)]
     if all(len(held) == size for held, size in zip(indices[1:], tensor.shape[1:], strict=True)):
         first = indices[0] if indices else torch.zeros(1, dtype=torch.int64)
         if first.numel() == 0 or int(first[-1]) - int(first[0]) == first.numel() - 1:
             row = tensor.numel() // tensor.shape[0] if tensor.ndim and tensor.shape[0] else 1
-            return Window(local, tensor.shape, int(first[0]) * row if first.numel() else 0)
-    return Window(local, tensor.shape, positions=_flat_positions(indices, tensor.shape))
+            offset = int(first[0]) * row if first.numel() else 0
+            return Window(local, tensor.shape, offset, is_sharded=is_sharded)
+    return Window(local, tensor.shape, positions=_flat_positions(indices, tensor.shape), is_sharded=is_sharded)
 
 
 def _held_indices(tensor: DTensor, dim: int) -> Tensor:
