@@ -2,6 +2,7 @@
 
 from lightning_init.callbacks.init import InitCallback
 from lightning_init.callbacks.monitor import ActivationVarianceMonitor
+from lightning_init.cli import InitCLI
 from lightning_init.initialization.distributions import (
     Constant,
     Distribution,
@@ -46,6 +47,7 @@ __all__ = [
     "FanScheme",
     "Fans",
     "Identity",
+    "InitCLI",
     "InitCallback",
     "InitReport",
     "Normal",
