@@ -20,7 +20,10 @@ def test_a_role_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "wieght"}, "must be one of weight, bias, norm, embedding, other, keep, got 'wieght'"),
+        (
+            {"kind": "wieght"},
+            r"kind\) is 'wieght'; allowed: weight, bias, norm, embedding, other, keep; did you mean 'weight'",
+        ),
         ({"kind": "weight"}, r"Role\(kind='weight'\) needs fans=Fans\(fan_in, fan_out\)"),
         ({"kind": "bias", "groups": 0}, r"Role\(groups\) must be at least 1, got 0"),
         ({"kind": "bias", "slices": ()}, r"Role\(slices\) needs at least one name"),

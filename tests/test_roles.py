@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -128,7 +130,7 @@ def test_fans_of_a_bag() -> None:
     bag = nn.EmbeddingBag(9, 4, mode="mean")
     assert fans_of(bag, "weight").fan_in == 1
     assert fans_of(bag, "weight", bag_size=8).fan_in == 1 / 8
-    with pytest.raises(ValueError, match="bag_size must be above 0, got 0"):
+    with pytest.raises(ValueError, match="bag_size must be a finite number above 0, got 0"):
         fans_of(bag, "weight", bag_size=0)
     with pytest.raises(ValueError, match="bag_size=8 means something to EmbeddingBag, not Linear"):
         fans_of(nn.Linear(3, 4), "weight", bag_size=8)
@@ -137,11 +139,15 @@ def test_fans_of_a_bag() -> None:
 @pytest.mark.parametrize(
     ("module", "name", "message"),
     [
-        (nn.Linear(3, 4), "wieght", r"Linear has no parameter 'wieght'; did you mean 'weight'\?"),
-        (nn.Sequential(nn.Linear(3, 4)), "1.weight", r"no parameter '1.weight'; did you mean '0.weight'\?"),
-        (nn.Linear(3, 4, bias=False), "bias", r"no parameter 'bias'; did you mean 'weight'\?"),
-        (nn.Linear(3, 4), "in_features", r"no parameter 'in_features'; did you mean"),
-        (nn.ReLU(), "weight", "ReLU has no parameter 'weight': it has no parameters"),
+        (nn.Linear(3, 4), "wieght", r"Linear has no parameter 'wieght'; it has weight, bias; did you mean 'weight'\?"),
+        (
+            nn.Sequential(nn.Linear(3, 4)),
+            "1.weight",
+            r"no parameter '1.weight'; it has 0.weight, 0.bias; did you mean '0.weight'\?",
+        ),
+        (nn.Linear(3, 4, bias=False), "bias", "no parameter 'bias'; it has weight$"),
+        (nn.Linear(3, 4), "in_features", "no parameter 'in_features'; it has weight, bias"),
+        (nn.ReLU(), "weight", "ReLU has no parameter 'weight': it has none at all"),
         (nn.Linear(3, 4), "bias", "'bias' is a bias parameter, and only weights have fans"),
         (
             Experts(),
@@ -164,6 +170,8 @@ def test_what_has_no_fans_says_why(module: nn.Module, name: str, message: str) -
         ((Experts, "", "keep"), ValueError, "a parameter's name in its own module, got ''"),
         ((Experts, "a.b", "keep"), ValueError, "a parameter's name in its own module, got 'a.b'"),
         ((Experts, "a", (3, 4)), TypeError, r"a role is Fans\(fan_in, fan_out\), 'bias', .*; got \(3, 4\)"),
+        ((Experts, "a", Fans(0, 4)), ValueError, r"Fans\(fan_in\) must be a finite number above 0, got 0"),
+        ((Experts, "a", Fans(3, -4)), ValueError, r"Fans\(fan_out\) must be a finite number above 0, got -4"),
         ((Experts, "a", "weight"), TypeError, "a role is .*; got 'weight'"),
     ],
 )
@@ -172,6 +180,11 @@ def test_a_wrong_registration_is_refused_at_once(
 ) -> None:
     with pytest.raises(error, match=message):
         register(*arguments)  # type: ignore[arg-type]
+
+
+def test_a_table_of_rows_has_a_fan_in_only() -> None:
+    register(Experts, "kernel", Fans(1, math.nan))
+    assert fans_of(Experts(), "kernel").fan_in == 1
 
 
 def test_a_function_that_returns_no_role_is_named_when_it_is_asked() -> None:

@@ -9,13 +9,13 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_init.checks import check_choice, check_positive, did_you_mean
 from lightning_init.initialization.quadrature import second_moment
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -82,10 +82,8 @@ def gain_of(activation: Activation, direction: Direction = "forward", *, q: floa
     References:
         He et al. 2015, "Delving deep into rectifiers", equations 10 and 14, for any f in place of ReLU.
     """
-    if direction not in get_args(Direction):
-        raise ValueError(f"direction must be 'forward' or 'backward', got {direction!r}")
-    if not (math.isfinite(q) and q > 0):
-        raise ValueError(f"q, a variance, must be a finite number above 0, got {q!r}")
+    check_choice("direction", direction, get_args(Direction))
+    check_positive("q, a variance,", q)
     if isinstance(activation, str):
         return _gain_of_name(activation, direction, q)
     if isinstance(activation, nn.GLU):
@@ -98,10 +96,9 @@ def _gain_of_name(name: str, direction: Direction, q: float) -> float:
     """A plan asks for the same few names once per parameter."""
     known = {**ACTIVATIONS, **GATES}
     if name not in known:
-        nearest = get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"unknown activation {name!r}; did you mean {nearest!r}? Known: {', '.join(sorted(known))}; "
-            "or pass a module or a function"
+            f"activation is {name!r}; allowed: {', '.join(known)}, or a module or function"
+            f"{did_you_mean(name.lower(), known)}"
         )
     return _gain(known[name], name in GATES, direction, q)
 
@@ -121,11 +118,10 @@ def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction
             if direction == "backward":
                 moment += second_moment(lambda z: _values(function, scale * z))
     if not 0 < moment < math.inf:
-        what = "E[f(z)²]" if direction == "forward" else "E[f′(z)²]"
-        raise ValueError(
-            f"no gain: {what} is {moment} for z of variance {q:g}. It must be finite and above 0"
-            + (" (is f constant, or not differentiable by autograd?)" if moment == 0 else "")
-        )
+        forward = direction == "forward"
+        what = "E[f(z)²]" if forward else "E[f′(z)²]"
+        hint = "" if forward or moment else " (f is constant, or autograd sees no derivative)"
+        raise ValueError(f"no gain: {what} is {moment} for z of variance {q:g}; it must be finite and above 0{hint}")
     return 1 / math.sqrt(moment)
 
 

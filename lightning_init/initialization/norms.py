@@ -40,10 +40,9 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
     The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
     """
     forward = type(module).forward
-    if forward.__module__.startswith("torch.nn.") or module._modules:
+    scale = module._parameters.get(attribute)
+    if scale is None or forward.__module__.startswith("torch.nn.") or module._modules:
         return False
-    scale = module._parameters[attribute]
-    assert scale is not None
     rows = torch.linspace(-1.0, 2.0, 2 * scale.numel(), device="cpu").view(2, -1)  # [batch, units]
     for example in (rows, rows[:, :, None, None].expand(-1, -1, 2, 2)):  # channels last, channels first
         output = _forward_with_zeros(module, example)
@@ -53,27 +52,32 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
 
 
 def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
-    """``forward`` of a stand-in with the module's settings and zeros for its tensors; None if it raises.
+    """``forward`` of a stand-in with zeros for its tensors; None if it raises.
 
-    The stand-in keeps hooks, shards, buffers and the module's own state out of it. A gate, or whatever
-    else ``forward`` insists on, is the example too.
+    A gate, or whatever else ``forward`` insists on, is the example too.
     """
-    zeros = {
-        group: {
-            name: None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            for name, tensor in getattr(module, group).items()
-        }
-        for group in ("_parameters", "_buffers")
-    }
-    stand_in: Any = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__ | zeros)
-    required = [
-        p for p in inspect.signature(stand_in.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
     try:
+        stand_in = _stand_in(module)
+        required = [
+            parameter
+            for parameter in inspect.signature(stand_in.forward).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
         with torch.no_grad():
             output = stand_in.forward(*[example] * len(required))
     except Exception:  # any code may stand here, and all that failed is a look
         return None
     return output if isinstance(output, Tensor) else None
+
+
+def _stand_in(module: nn.Module) -> Any:
+    """The module's settings with zeros for its tensors: no hooks, shards or state of the module are touched."""
+    stand_in: Any = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    for group in ("_parameters", "_buffers"):
+        stand_in.__dict__[group] = {
+            name: None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            for name, tensor in module.__dict__[group].items()
+        }
+    return stand_in

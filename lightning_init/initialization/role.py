@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_init.checks import check_choice
 from lightning_init.initialization.distributions import Constant, Distribution
 from lightning_init.initialization.fans import Fans
 
@@ -44,8 +45,7 @@ class Role:
     starts_at_zero: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"Role(kind) must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+        check_choice("Role(kind)", self.kind, get_args(Kind))
         if self.kind == "weight" and self.fans is None:
             raise ValueError("Role(kind='weight') needs fans=Fans(fan_in, fan_out)")
         if not self.slices:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_init.checks import check_positive, did_you_mean
 from lightning_init.initialization.distributions import Constant
 from lightning_init.initialization.fans import Fans, embedding_bag_fans
 from lightning_init.initialization.norms import is_norm_by_name, norm_role
@@ -128,16 +129,17 @@ def fans_of(module: nn.Module, parameter_name: str, *, bag_size: float = 1) -> F
 def _bag_fans(module: nn.Module, bag_size: float) -> Fans:
     if not isinstance(module, nn.EmbeddingBag):
         raise ValueError(f"bag_size={bag_size!r} means something to EmbeddingBag, not {type(module).__name__}")
-    if not bag_size > 0:
-        raise ValueError(f"bag_size must be above 0, got {bag_size!r}")
+    check_positive("bag_size", bag_size)
     return embedding_bag_fans(module.mode, bag_size)
 
 
 def _no_such_parameter(module: nn.Module, name: str) -> str:
     known = [known for known, _ in module.named_parameters()]
-    nearest = get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ": it has no parameters"
-    return f"{type(module).__name__} has no parameter {name!r}{hint}"
+    message = f"{type(module).__name__} has no parameter {name!r}"
+    if not known:
+        return f"{message}: it has none at all"
+    shown = ", ".join(known[:10]) + (", …" if len(known) > 10 else "")
+    return f"{message}; it has {shown}{did_you_mean(name, known)}"
 
 
 def _check_module_type(module_type: object) -> None:
@@ -167,6 +169,9 @@ def _as_role(role: object) -> Role:
     if isinstance(role, Role):
         return role
     if isinstance(role, Fans):
+        check_positive("Fans(fan_in)", role.fan_in)
+        if not math.isnan(role.fan_out):  # which says that there is no gradient
+            check_positive("Fans(fan_out)", role.fan_out)
         # What torch draws for its own Linear and Conv.
         return Role("weight", torch_uniform(role.fan_in), role)
     if role == "bias":
