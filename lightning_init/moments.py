@@ -8,13 +8,16 @@ under- or overflow when squared. (In float32 the same sums return 0 at mean 100,
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _BLOCK = 1 << 17
-"""Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and never in the peak."""
+"""Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and not in the peak."""
+_BLOCK_OF_ACCELERATORS = 1 << 22
+"""The same where every block costs three kernel launches."""
 
 
 class Moments(NamedTuple):
@@ -47,13 +50,17 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
     >>> observe(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), unit_dim=1)
     Moments(n=4, sums=tensor([4., 8.], dtype=torch.float64), squares=tensor(50., dtype=torch.float64))
     """
-    blocks = _as_blocks(values.detach(), unit_dim)  # [outer, units, inner]
-    if blocks.numel() == 0:
-        zeros = torch.zeros(blocks.shape[1] + 1, dtype=torch.float64, device=_float64_device(blocks))
-        return Moments(0, zeros[:-1], zeros[-1])
-    if blocks.device.type != "cpu":
-        return _observe_fused(blocks)
-    return _observe_in_float64(blocks)
+    values = values.detach()
+    if values.device.type == "mps":
+        values = values.cpu()  # Apple's GPUs have no float64
+    blocks = _as_blocks(values, unit_dim)  # [outer, units, inner]
+    limit = _BLOCK if values.device.type == "cpu" else _BLOCK_OF_ACCELERATORS
+    if values.numel() <= limit:
+        return _observe_block(blocks)
+    _, units, inner = blocks.shape
+    step = min(inner, max(1, limit // units))
+    rows = torch.split(blocks, max(1, limit // (units * step)))
+    return functools.reduce(merge, (_observe_block(part) for row in rows for part in torch.split(row, step, dim=2)))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -94,7 +101,7 @@ def signal_variance(moments: Moments) -> Tensor:
 
 
 def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
-    """View ``values`` as [outer, units, inner], without copying where its strides allow it."""
+    """``values`` as [outer, units, inner], without copying where its strides allow it."""
     if unit_dim is None or values.dim() == 0:
         return values.reshape(values.numel(), 1, 1)
     if (units_last := values.movedim(unit_dim, -1)).is_contiguous():  # also channels_last images
@@ -104,35 +111,20 @@ def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
     return values.reshape(outer, values.shape[dim], inner)
 
 
-def _observe_in_float64(blocks: Tensor) -> Moments:
-    """Plain sums over float64 copies of a cache's size: as fast as centred float32, and nothing can go wrong."""
-    outer, units, inner = blocks.shape
-    sums = torch.zeros(units, dtype=torch.float64)
-    squares = torch.zeros((), dtype=torch.float64)
-    for block in torch.split(blocks, max(1, _BLOCK // (units * inner))):
-        copy = block.to(torch.float64, memory_format=torch.contiguous_format)
-        sums += copy.sum((0, 2)) if inner > 1 else copy.sum(0).squeeze(1)
-        flat = copy.view(-1)
-        squares += torch.dot(flat, flat)
-    return Moments(outer * units * inner, sums, squares)
+def _observe_block(block: Tensor) -> Moments:
+    """Moments of [outer, units, inner] by way of one float64 copy.
 
-
-def _observe_fused(blocks: Tensor) -> Moments:
-    """Welford's mean and variance in one kernel: what an accelerator does best, float64 or not.
-
-    The kernel's float32 mean is off by 6e-8 of itself, that is 4e-7 of the variance at mean/std = 1e4.
-    Values are scaled by a power of two near their largest, so that no square under- or overflows.
+    A product with ones is how a CPU adds up rows or columns fastest.
     """
-    wide = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
-    exponent = torch.frexp(wide.abs().amax()).exponent
-    variance, mean = torch.var_mean(torch.ldexp(wide, -exponent), dim=(0, 2), correction=0)
-    device = _float64_device(blocks)
-    factor = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), exponent.to(device))
-    mean, variance = mean.to(device, torch.float64) * factor, variance.to(device, torch.float64) * factor**2
-    per_unit = blocks.shape[0] * blocks.shape[2]
-    return Moments(blocks.numel(), mean * per_unit, (variance + mean**2).sum() * per_unit)
-
-
-def _float64_device(values: Tensor) -> torch.device:
-    """Where float64 sums can live: Apple's GPUs have none."""
-    return torch.device("cpu") if values.device.type == "mps" else values.device
+    outer, units, inner = block.shape
+    flat = block.to(torch.float64, memory_format=torch.contiguous_format).view(-1)
+    sums = flat
+    if inner != 1:
+        sums = flat.view(outer * units, inner) @ flat.new_ones(inner)
+    if units == 1:
+        sums = sums.sum().view(1)
+    elif outer != 1:
+        sums = flat.new_ones(outer) @ sums.view(outer, units)
+    elif sums is flat:
+        sums = flat.clone()  # one row: its own sums, and nobody else's memory
+    return Moments(flat.numel(), sums, torch.dot(flat, flat))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lightning_init.checks import did_you_mean
 from lightning_init.monitor.elementwise import Kind, activation_kind
-
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Attributes under which torch.compile, FSDP and activation checkpointing keep what they wrap."""
+from lightning_init.names import clean_name
 
 _ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
 """Modules whose parts never run by themselves: one layer with everything below it."""
@@ -73,21 +70,9 @@ def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> li
 
 
 def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``model.named_modules()``, with the names a user wrote: no wrappers, no compiled shells."""
-    yield from _walk(model, "", set())
-
-
-def _walk(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in seen:
-        return
-    seen.add(module)
-    yield name, module
-    wraps = isinstance(module, (DataParallel, DistributedDataParallel))
-    for attribute, child in module.named_children():
-        if attribute in _WRAPPERS or (wraps and attribute == "module"):
-            yield from _walk(child, name, seen)
-        else:
-            yield from _walk(child, f"{name}.{attribute}" if name else attribute, seen)
+    """``model.named_modules()`` under the names a user wrote: a wrapper has the name of what it wraps."""
+    for path, module in model.named_modules():
+        yield clean_name(model, path) if path else "", module
 
 
 def _parts(module: nn.Module) -> list[nn.Module]:
@@ -99,10 +84,8 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 
 def _no_match(pattern: str, names: list[str]) -> str:
-    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return (
-        f"layers: {pattern!r} matches none of the model's {len(names)} layers. "
-        f"The nearest names are {', '.join(map(repr, nearest))}; *, ? and [] work as in file names."
-        if names
-        else f"layers: {pattern!r} matches nothing, because the model has no layers at all."
+        f"layers: {pattern!r} matches no layer (*, ? and [] work as in file names). "
+        f"This model's layers are: {shown or 'none'}{did_you_mean(pattern, names)}"
     )

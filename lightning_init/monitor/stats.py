@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_init.checks import check_choice
 from lightning_init.monitor.layout import FLAGS, Layout
 
 StatName = Literal[
@@ -37,10 +37,7 @@ def chosen_stats(stats: Sequence[str] | None) -> tuple[str, ...]:
     """
     chosen: list[str] = []
     for name in DEFAULT_STATS if stats is None else stats:
-        if name not in get_args(StatName):
-            nearest = difflib.get_close_matches(str(name), get_args(StatName), n=1, cutoff=0.0)[0]
-            allowed = ", ".join(get_args(StatName))
-            raise ValueError(f"stats: {name!r} is no statistic. Did you mean {nearest!r}? Allowed are {allowed}.")
+        check_choice("a member of stats", name, get_args(StatName))
         chosen += DEFAULT_STATS if name == "default" else [name]
     return tuple(dict.fromkeys(chosen))
 

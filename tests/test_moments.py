@@ -1,0 +1,187 @@
+"""Three float64 sums against exact fractions: any shape, any split, any dtype, any magnitude."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_init import moments
+from lightning_init.moments import merge, observe, pack, scale, signal_variance, unpack, variance
+
+SHAPES = [((8, 5), 1), ((8, 5), -1), ((5,), 0), ((4, 5, 3, 2), 1), ((3, 4, 5), -1), ((5, 4, 3), 0), ((2, 3, 4, 5), -3)]
+
+
+def exact(values: Tensor, unit_dim: int) -> tuple[float, float]:
+    """Pooled variance and mean of the units' variances, by fractions: no rounding at all."""
+    rows = values.movedim(unit_dim, 0).flatten(1) if values.dim() > 1 else values.reshape(-1, 1)
+    units = [[Fraction(x) for x in row] for row in rows.tolist()]
+    pooled = statistics.pvariance([x for unit in units for x in unit])
+    return float(pooled), float(sum(statistics.pvariance(unit) for unit in units) / len(units))
+
+
+@pytest.mark.parametrize(("shape", "unit_dim"), SHAPES)
+def test_variances_are_exact(shape: tuple[int, ...], unit_dim: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(shape) * 3 + 7
+    pooled, signal = exact(values, unit_dim)
+    measured = observe(values, unit_dim)
+    assert measured.n == values.numel()
+    assert measured.sums.shape == (values.shape[unit_dim],)
+    assert measured.sums.dtype == measured.squares.dtype == torch.float64
+    assert variance(measured).item() == pytest.approx(pooled, rel=1e-6)
+    assert signal_variance(measured).item() == pytest.approx(signal, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(1e4, 1.0), (-1e4, 1.0), (1.0, 1e-4), (0.0, 1e-25), (0.0, 1e18), (1e-30, 1e-34)]
+)
+def test_any_magnitude_and_mean(mean: float, std: float) -> None:
+    """Mean/std of 1e4 costs a float64 square 1e-8; a float32 square would be gone, 0 or infinite."""
+    torch.manual_seed(0)
+    values = (torch.randn(64, 16, dtype=torch.float64) * std + mean).float()
+    pooled, signal = exact(values, 1)
+    measured = observe(values, 1)
+    assert variance(measured).item() == pytest.approx(pooled, rel=2e-6, abs=0)
+    assert signal_variance(measured).item() == pytest.approx(signal, rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_dtype_default_dtype_and_autocast_change_nothing(dtype: torch.dtype, default: torch.dtype) -> None:
+    values = torch.arange(1, 97, dtype=torch.float64).reshape(16, 6).to(dtype)
+    plain = observe(values, 1)
+    assert variance(plain).item() == pytest.approx(exact(values, 1)[0], rel=1e-12)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = observe(values, 1)
+            vector = pack(again)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(vector, pack(plain))
+    assert vector.dtype == torch.float64
+
+
+@pytest.mark.parametrize("unit_dim", [0, 1, 2, 3, -2])
+def test_strides_do_not_matter(unit_dim: int) -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(4, 6, 5, 3)
+    expected = observe(dense.clone(), unit_dim)
+    last = dense.to(memory_format=torch.channels_last)
+    strided = torch.randn(8, 6, 5, 6)[::2, :, :, ::2].copy_(dense)
+    transposed = dense.transpose(0, 2).contiguous().transpose(0, 2)
+    for values in (last, strided, transposed, dense.requires_grad_()):
+        torch.testing.assert_close(pack(observe(values, unit_dim)), pack(expected), rtol=1e-14, atol=1e-13)
+    assert not expected.sums.requires_grad
+    assert not observe(dense, unit_dim).sums.requires_grad
+
+
+def test_blocks_cover_a_large_tensor_once() -> None:
+    """More than one block, the last one shorter; ones count themselves."""
+    ones = torch.ones(3 * moments._BLOCK // 64 + 7, 64)
+    measured = observe(ones, 1)
+    assert measured.n == ones.numel()
+    assert torch.equal(measured.sums, torch.full((64,), len(ones), dtype=torch.float64))
+    assert measured.squares.item() == ones.numel()
+    assert observe(ones).squares.item() == ones.numel()
+    wide = observe(torch.ones(1, 2 * moments._BLOCK), 1)  # one row is more than a block
+    assert wide.squares.item() == 2 * moments._BLOCK
+    image = observe(torch.ones(2, 3, 5 * moments._BLOCK // 4), 1)  # one sample is
+    assert torch.equal(image.sums, torch.full((3,), 10 * moments._BLOCK / 4, dtype=torch.float64))
+    assert image.squares.item() == image.n == 3 * 10 * moments._BLOCK // 4
+
+
+def test_two_to_the_25_elements() -> None:
+    """A float32 count would stop at 2^24; float32 sums of squares are off by 1e-5 and more."""
+    torch.manual_seed(0)
+    small = torch.randn(2**13, 64) + 100
+    large = small.repeat(64, 1)
+    assert large.numel() == 2**25
+    measured = observe(large, 1)
+    assert measured.n == 2**25
+    assert variance(measured).item() == pytest.approx(small.double().var(correction=0).item(), rel=1e-9)
+    expected = small.double().var(0, correction=0).mean().item()
+    assert signal_variance(measured).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_nothing_is_not_a_number() -> None:
+    """An expert that saw no token."""
+    nothing = observe(torch.empty(0, 5), 1)
+    assert nothing.n == 0
+    assert nothing.sums.shape == (5,)
+    assert math.isnan(variance(nothing).item())
+    assert math.isnan(signal_variance(nothing).item())
+    something = observe(torch.tensor([[1.0, 2, 3, 4, 5]]), 1)
+    assert variance(merge(nothing, something)).item() == 2.0
+    assert observe(torch.empty(4, 0), 1).n == 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_visible(bad: float) -> None:
+    values = torch.ones(4, 3)
+    values[1, 2] = bad
+    assert not math.isfinite(variance(observe(values, 1)).item())
+
+
+def test_scale_is_the_moments_of_the_product() -> None:
+    values = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
+    for factor in (0.25, torch.tensor(0.25, dtype=torch.float64)):
+        scaled = scale(observe(values, 1), factor)
+        assert torch.equal(pack(scaled), pack(observe(values * 0.25, 1)))
+
+
+def test_pack_and_unpack_are_inverse() -> None:
+    measured = observe(torch.arange(12.0).reshape(4, 3), 1)
+    again = unpack(pack(measured))
+    assert again.n == 12
+    assert torch.equal(again.sums, measured.sums)
+    assert torch.equal(again.squares, measured.squares)
+
+
+# Whole numbers and halves: their float64 sums are exact, so equality means equality.
+NUMBERS = st.integers(-1000, 1000).map(lambda n: n / 2)
+
+
+@given(
+    rows=st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=4),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_split_anywhere_merge_in_any_order(rows: list[list[float]], cuts: list[int], data: st.DataObject) -> None:
+    values = torch.tensor(rows)
+    edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
+    parts = [observe(values[a:b], 1) for a, b in itertools.pairwise(edges)]
+    order = data.draw(st.permutations(parts))
+    left = functools.reduce(merge, order)
+    right = functools.reduce(lambda a, b: merge(b, a), reversed(order))
+    whole = observe(values, 1)
+    for merged in (left, right):
+        assert merged.n == whole.n
+        assert torch.equal(pack(merged), pack(whole))
+    added = torch.stack([pack(part) for part in parts]).sum(0)  # what an all_reduce does
+    assert torch.equal(added, pack(whole))
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=2, max_size=2), min_size=1, max_size=20),
+    shift=st.floats(-1e4, 1e4, width=32),
+)
+@settings(deadline=None)
+def test_any_numbers_against_fractions(rows: list[list[float]], shift: float) -> None:
+    values = torch.tensor(rows) + shift
+    pooled, signal = exact(values, 1)
+    # rounding of Σx²: n · 2^-53 of the mean square, twice
+    bound = 4e-15 * float((values.double() ** 2).mean())
+    assert variance(observe(values, 1)).item() == pytest.approx(pooled, rel=1e-9, abs=bound)
+    assert signal_variance(observe(values, 1)).item() == pytest.approx(signal, rel=1e-9, abs=bound)
