@@ -42,7 +42,9 @@ class Place:
         """What the forward pass reads now; for a parametrized attribute it is computed."""
         if self.via == "parametrization":
             return torch.Tensor.detach(getattr(self.module, self.attribute))
-        return self.parameter.detach()
+        hook = weight_norm_of(self.module, self.attribute) if self.via == "weight_norm" else None
+        computed: Tensor = hook.compute_weight(self.module) if hook else self.parameter
+        return computed.detach()
 
 
 def places(model: nn.Module) -> Iterator[Place]:

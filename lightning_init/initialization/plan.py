@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -152,10 +153,15 @@ def _why_not_through(place: Place) -> str:
 
 
 def _role(place: Place, ties: list[Place]) -> Role | None:
-    """The parameter's role; a lookup table that is also an output layer is a weight of that layer."""
+    """The parameter's role; a lookup table that is also an output layer is a weight of that layer.
+
+    Its padding row, which only the table knows, stays one.
+    """
     roles = [role for role in (role_of(tie.module, tie.attribute) for tie in ties) if role is not None]
     weights = [role for role in roles if role.kind == "weight"]
-    return next(iter(weights or roles), None)
+    role = next(iter(weights or roles), None)
+    padding = next((role.padding_index for role in roles if role.padding_index is not None), None)
+    return dataclasses.replace(role, padding_index=padding) if role and padding is not None else role
 
 
 def _is_tied_head(ties: list[Place]) -> bool:

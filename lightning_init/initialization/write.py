@@ -117,18 +117,21 @@ def _set_weight_norm(place: Place, values: Tensor) -> None:
     assert hook is not None
     getattr(place.module, f"{place.attribute}_v").copy_(values)
     getattr(place.module, f"{place.attribute}_g").copy_(torch.norm_except_dim(values, 2, hook.dim))
+    hook(place.module, ())  # so that the attribute is right before the next forward pass, too
 
 
 def _zero_padding_row(assignment: Assignment) -> None:
     """A lookup table's padding row is zero, as the module itself would have it."""
     row = assignment.role.padding_index if assignment.role else None
-    if row is None:
+    place = assignment.place
+    # A weight norm over dimension 1 holds one length per column: none of them is the row's.
+    if row is None or len(place.parameter) != len(place.current):
         return
-    window = window_of(assignment.place.parameter)
+    window = window_of(place.parameter)
     width = math.prod(window.whole_shape[1:])
     overlap = window.overlap(Block(row * width, (row + 1) * width, 0))
     if overlap is not None:
-        window.local.view(-1)[overlap[0]] = 0
+        window.local[overlap[0].start // window.local[0].numel()] = 0
 
 
 def _replace_shards_checksum(assignment: Assignment, seed: int, measured: Measured) -> None:
