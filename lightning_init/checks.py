@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 
 
@@ -26,11 +27,23 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 def check_positive(what: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
+    if not (_is_finite(what, value) and value > 0):
         raise ValueError(f"{what} must be a finite number above 0, got {value!r}")
 
 
 def check_finite(what: str, value: float) -> None:
     """Raise ValueError unless ``value`` is a finite number."""
-    if not math.isfinite(value):
+    if not _is_finite(what, value):
         raise ValueError(f"{what} must be a finite number, got {value!r}")
+
+
+def check_integer(what: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an integer; True and False are none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
+
+
+def _is_finite(what: str, value: object) -> bool:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}")
+    return math.isfinite(value)

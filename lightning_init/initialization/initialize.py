@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_init.checks import check_integer
 from lightning_init.initialization.agreement import agree
 from lightning_init.initialization.distributions import Scheme
 from lightning_init.initialization.plan import Assignment, make_plan
@@ -81,6 +82,7 @@ def plan(
 
 def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
     """Plan, draw, write, compare between ranks, report."""
+    check_integer("seed", seed)
     with whole_parameters(model):
         assignments = make_plan(model, request)
         _refuse_meta(assignments)
@@ -124,16 +126,18 @@ def _entry(step: Assignment, measured: Measured) -> Entry:
 def _target(step: Assignment, measured: Measured) -> tuple[float, float]:
     """Target std over all slices, and how far the measured one may be off by sampling and rounding."""
     place = step.place
-    shape = tuple(place.current.shape)
+    count, shape = place.current.numel(), tuple(place.current.shape)
     chunk = (shape[0] // len(step.values), *shape[1:]) if shape else ()
     variance, rounding, error = 0.0, 0.0, 0.0
+    eps = torch.finfo(place.parameter.dtype).eps
     for values in step.values:
         if isinstance(values, StructuredScheme):
             matrix = matrix_of(chunk, step.role or PLAIN, place.parameter.is_complex())
             std, relative = values.target_rms(matrix, step.gain), values.sampling_error(matrix)
+            rounding = max(rounding, std * eps)  # equal elements are all rounded the same way
         else:
-            std, relative = values.target_std, values.sampling_error(measured.count)
-            rounding = max(rounding, abs(values.target_mean) * torch.finfo(place.parameter.dtype).eps)
+            std, relative = values.target_std, values.sampling_error(count)
+            rounding = max(rounding, abs(values.target_mean) * eps)
         variance += std**2 / len(step.values)
         error = max(error, relative)
     target = math.sqrt(variance)

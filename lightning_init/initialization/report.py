@@ -62,7 +62,7 @@ class Entry:
         """Whether the measured std differs from the target by more than sampling explains."""
         if self.target_std is None or self.measured_std is None:
             return False
-        return abs(self.measured_std - self.target_std) > self.tolerance
+        return not abs(self.measured_std - self.target_std) <= self.tolerance  # NaN is off
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,14 @@ class InitReport:
 
 def _plain(entry: Entry) -> dict[str, Any]:
     """An entry without tuples; what is not finite (an embedding's fan_out) is None."""
-    plain = dataclasses.asdict(entry) | {"shape": list(entry.shape), "tolerance": _finite(entry.tolerance)}
+    plain = dataclasses.asdict(entry) | {"shape": list(entry.shape)}
+    plain |= {name: _finite(plain[name]) for name in ("tolerance", "measured_std")}
     plain["fans"] = {name: _finite(fan) for name, fan in entry.fans._asdict().items()} if entry.fans else None
     return plain
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
