@@ -124,8 +124,16 @@ def check_takes_gain(scheme: Scheme, what: str) -> None:
 
 
 def _checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
-    given = tuple(rules or ())
+    if rules is None:
+        return ()
+    if not isinstance(rules, Iterable):
+        raise _no_rule(rules)
+    given = tuple(rules)
     for rule in given:
         if not isinstance(rule, Rule):
-            raise TypeError(f"rules is a list of Rule(pattern, scheme), got {rule!r} of type {type(rule).__name__}")
+            raise _no_rule(rule)
     return given
+
+
+def _no_rule(given: object) -> TypeError:
+    return TypeError(f"rules is a list of Rule(pattern, scheme), got {given!r} of type {type(given).__name__}")

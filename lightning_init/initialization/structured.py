@@ -147,11 +147,15 @@ class Sparse(StructuredScheme):
             check_positive("Sparse(std)", self.std)
 
     def build(self, matrix: Matrix, gain: float, draw: DrawNormal) -> Tensor:
-        """A second set of normals ranks the connections of each row; the highest remain."""
+        """A second set of normals ranks the connections of each row; the highest remain.
+
+        Both are cut from one draw: the ends of a shorter and a longer one share random numbers.
+        """
         width = matrix.columns * matrix.num_taps
         count = matrix.rows * width
-        values = _normals(matrix._replace(columns=width), draw)
-        ranking = draw(count * (3 if matrix.is_complex else 2))[-count:].view(matrix.rows, width)
+        numbers = draw(count * (3 if matrix.is_complex else 2))
+        values = _normals(matrix._replace(columns=width), lambda needed: numbers[:needed])
+        ranking = numbers[-count:].view(matrix.rows, width)
         keep = ranking.argsort(dim=1, descending=True, stable=True)[:, : self.connections(width)]
         mask = torch.zeros_like(values).scatter_(1, keep, 1.0)
         return (values * mask * self._std(width, gain)).view(matrix.rows, matrix.columns, *matrix.taps)
