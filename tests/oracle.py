@@ -71,9 +71,7 @@ class MemoryLogger(Logger):
 class Watched:
     """Keeps every output of the named modules, and after backward every gradient of them.
 
-    Args:
-        network: run in whatever precision it has.
-        unit_dims: dimension of the units, per layer; -1 where not given. The keys of the result are its names.
+    What follows a module gets a clone of its output: an in-place operation can take hooks off a tensor.
     """
 
     def __init__(self, network: nn.Module, names: Iterable[str]) -> None:
@@ -84,13 +82,14 @@ class Watched:
             modules[name].register_forward_hook(self._keeper(name))
 
     def _keeper(self, name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
+        def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             tensor = output
             while not isinstance(tensor, Tensor):
                 tensor = next(iter(tensor.values() if isinstance(tensor, dict) else tensor))
             self.outputs[name].append(tensor.detach().double().clone())
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: self.gradients[name].append(gradient.double().clone()))
+            return output.clone() if isinstance(output, Tensor) else None
 
         return keep
 

@@ -19,7 +19,7 @@ def first_floating(output: object) -> Tensor | None:
         members = list(output.values())
     elif isinstance(output, (tuple, list)):
         members = list(output)
-    elif dataclasses.is_dataclass(output):
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         members = [getattr(output, field.name) for field in dataclasses.fields(output)]
     else:
         return None

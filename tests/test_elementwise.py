@@ -1,0 +1,108 @@
+"""Activations are recognised by what they do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_init.monitor.elementwise import activation_kind
+
+
+class SquaredReLU(nn.Module):
+    """Somebody else's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) ** 2
+
+
+class Wrapped(nn.Module):
+    """Hugging Face's way: the function is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.functional.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Standardize(nn.Module):
+    """Depends on the neighbours, accepts any shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean()
+
+
+class Noisy(nn.Module):
+    """Draws in eval mode too, and warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import warnings
+
+        warnings.warn("noisy", stacklevel=1)
+        return x + torch.randn_like(x)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.tanh()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), SquaredReLU(), nn.Threshold(0.1, 0.0)],
+    ids=repr,
+)
+def test_rectifiers(module: nn.Module) -> None:
+    assert activation_kind(module) == "rectifier"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.ELU(), nn.LeakyReLU(), nn.Hardswish(), nn.Softplus()),
+        *(nn.Hardtanh(), nn.RReLU(), nn.Mish(), nn.SELU(inplace=True), nn.LogSigmoid(), nn.Tanhshrink(), Wrapped()),
+    ],
+    ids=repr,
+)
+def test_smooth(module: nn.Module) -> None:
+    assert activation_kind(module) == "smooth"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.Identity(), nn.Dropout(), nn.AlphaDropout(), nn.Flatten(0), nn.Softmax(-1), nn.LogSoftmax(0), nn.GLU()),
+        *(nn.MaxPool1d(2), nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.PixelShuffle(2), nn.Softmin(0)),
+        *(nn.BatchNorm1d(7, affine=False), nn.LayerNorm(7, elementwise_affine=False), nn.MSELoss(), Standardize()),
+        *(nn.Linear(7, 7), nn.PReLU(), nn.Sequential(nn.ReLU()), nn.Sequential(), Noisy(), nn.LocalResponseNorm(2)),
+    ],
+    ids=repr,
+)
+def test_everything_else(module: nn.Module) -> None:
+    assert activation_kind(module) is None
+
+
+def test_asking_leaves_no_trace() -> None:
+    counter = Counter().train()
+    before = torch.get_rng_state()
+    assert activation_kind(counter) == "smooth"
+    activation_kind(Noisy())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert counter.calls == 0
+    assert counter.training
+
+
+def test_default_dtype_and_device_do_not_matter() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert activation_kind(nn.ReLU()) == "rectifier"
+    finally:
+        torch.set_default_dtype(torch.float32)
