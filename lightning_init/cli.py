@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import os
-import re
 import sys
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -19,6 +14,7 @@ from lightning_init.callbacks.init import InitCallback
 from lightning_init.callbacks.monitor import ActivationVarianceMonitor
 from lightning_init.initialization.distributions import Scheme
 from lightning_init.initialization.rules import Rule
+from lightning_init.mistakes import explain
 
 BLOCKS: dict[str, type[Callback]] = {"init": InitCallback, "monitor": ActivationVarianceMonitor}
 """The keys this CLI adds beside ``trainer``, ``model`` and ``data``, and the callback each one makes."""
@@ -45,64 +41,6 @@ class InitArgumentParser(LightningArgumentParser):
             for parser in action.choices.values() if isinstance(action.choices, dict) else ():
                 keys += parser.known_keys()
         return [key for key in dict.fromkeys(keys) if not key.endswith("help")]
-
-
-def explain(message: str, known_keys: Iterable[str] = ()) -> str:
-    """Reduce jsonargparse's nested report of a failed parse to one line with the nearest match.
-
-    Args:
-        message: what jsonargparse says; for a union of types that is one indented paragraph per type.
-        known_keys: the parser's keys, to find the one that was meant by an unknown one.
-
-    Returns:
-        One line; a message of unknown shape comes back whole, its line breaks as spaces.
-
-    Example:
-        >>> print(explain("Parser key \"init.when\": Expected a typing.Literal['fresh', 'always']. "
-        ...               "Got value: frehs"))
-        init.when: 'frehs' is not one of fresh, always; did you mean 'fresh'?
-    """
-    unknown = re.search(r"(?:unrecognized arguments: -*|does not accept option ')([\w.]+)", message)
-    if unknown:
-        return explain_unknown(unknown[1], list(known_keys))
-    where = "".join(f"{key}." for key in re.findall(r'[Pp]arser key "([\w.]+)"', message))
-    where = f"{where[:-1]}: " if where else ""
-    parameter = re.search(r"Option '([\w.]+)' is not accepted", message)
-    owners = re.findall(r"Problem with given class_path '([\w.]+)'", message)
-    if parameter and owners:
-        return where + explain_parameter(parameter[1], owners[-1])
-    # The innermost paragraph closes first: what precedes the first value is about that value.
-    innermost, _, given = re.split(r"(Given value|Got value): ", message + "\nGiven value: ", maxsplit=1)
-    value, expected = given.split("\n", 1)[0].strip(), innermost.rpartition("Errors:")[2]
-    literals = re.findall(r"Expected a typing\.Literal\[(.*?)\]", expected)
-    if value and literals:
-        names = re.findall(r"'([^']*)'", literals[-1])
-        return f"{where}{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
-    types = re.findall(r"Expected an? <class '([\w.]+)'>", expected)
-    if value and types and "Expected a dot import path" not in expected:
-        names = ["null" if name == "NoneType" else name for name in dict.fromkeys(types)]
-        return f"{where}{value!r} is not of type {' or '.join(names)}"
-    return " ".join(message.split())
-
-
-def explain_unknown(key: str, known_keys: list[str]) -> str:
-    """One line about a key that no parser knows; only its first step if that is the misspelt one."""
-    heads = [known.partition(".")[0] for known in known_keys]
-    head = key.partition(".")[0]
-    return f"unknown option '{key}'{nearest(key, known_keys) if head in heads else nearest(head, heads)}"
-
-
-def explain_parameter(parameter: str, class_path: str) -> str:
-    """One line about an argument that the class at ``class_path`` does not take."""
-    module, _, name = class_path.rpartition(".")
-    names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    return f"{name} has no argument '{parameter}', only {', '.join(names)}{nearest(parameter, names)}"
-
-
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing where no allowed name is close."""
-    match = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
 
 
 class InitCLI(LightningCLI):

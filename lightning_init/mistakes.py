@@ -1,0 +1,100 @@
+"""A mistake in a configuration in one line: where it is, what was given, what is allowed, what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+
+
+def explain(message: str, known_keys: Iterable[str] = ()) -> str:
+    """Reduce jsonargparse's report of a failed parse to one line.
+
+    The report is a tree: for a union of types one indented paragraph per type, down to the value that is wrong.
+
+    Args:
+        message: the report.
+        known_keys: the parser's keys, to find the one that was meant by an unknown one.
+
+    Returns:
+        One line; a report of unknown shape comes back whole, its line breaks as spaces.
+
+    Example:
+        >>> print(explain("Parser key 'when': Expected a typing.Literal['fresh', 'always']. Got value: frehs"))
+        when: 'frehs' is not one of fresh, always; did you mean 'fresh'?
+    """
+    unknown_key = re.search(r"(?:unrecognized arguments: -*|does not accept option ')([\w.]+)", message)
+    if unknown_key:
+        return _unknown_key(unknown_key[1], list(known_keys))
+    line = _unknown_argument(message) or _unknown_class(message) or _wrong_class(message) or _wrong_value(message)
+    return _where(message) + line if line else " ".join(message.split())
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """``; did you mean 'x'?``, or nothing where no allowed name is close.
+
+    >>> nearest("he_nrmal", ["he_normal", "zeros"])
+    "; did you mean 'he_normal'?"
+    """
+    match = difflib.get_close_matches(given, list(allowed), n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _where(message: str) -> str:
+    """The keys on the way down to the wrong value, as one: ``init.rules.scheme: ``."""
+    steps = re.findall(r"""[Pp]arser key ["']([\w.]+)["']""", message)
+    return ".".join(steps) + ": " if steps else ""
+
+
+def _unknown_key(key: str, known_keys: list[str]) -> str:
+    """A key that no parser knows: the nearest whole key, or its first step if that is the misspelt one."""
+    heads = [known.partition(".")[0] for known in known_keys]
+    head = key.partition(".")[0]
+    return f"unknown option '{key}'{nearest(key, known_keys) if head in heads else nearest(head, heads)}"
+
+
+def _unknown_argument(message: str) -> str:
+    """An argument that the class it is meant for does not take."""
+    argument = re.search(r"Option '([\w.]+)' is not accepted", message)
+    class_paths = re.findall(r"Problem with given class_path '([\w.]+)'", message)
+    if not (argument and class_paths):
+        return ""
+    module, _, name = class_paths[-1].rpartition(".")
+    allowed = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+    return f"{name} has no argument '{argument[1]}', only {', '.join(allowed)}{nearest(argument[1], allowed)}"
+
+
+def _unknown_class(message: str) -> str:
+    """A class path whose module does not have the name."""
+    missing = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
+    if not missing:
+        return ""
+    return f"{missing[1]} has no '{missing[2]}'{nearest(missing[2], dir(importlib.import_module(missing[1])))}"
+
+
+def _wrong_class(message: str) -> str:
+    """A class path of another kind of class."""
+    wrong = re.search(r"Import path ?([\w.]*) does not correspond to a subclass of (\w+)", message)
+    if not wrong:
+        return ""
+    given = re.search(r"(?:Given|Got) value: ([\w.]+)", message)
+    return f"{wrong[1] or (given and given[1]) or 'the class'} is no {wrong[2]}"
+
+
+def _wrong_value(message: str) -> str:
+    """A value that is none of the choices, or of another type."""
+    # The innermost paragraph closes first: what precedes the first "value" is about that value.
+    innermost, _, rest = re.split(r"(Given value|Got value): ", f"{message}\nGiven value: ", maxsplit=1)
+    value, expected = rest.split("\n", 1)[0].strip(), innermost.rpartition("Errors:")[2]
+    choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", expected)
+    if choices and value:
+        names = re.findall(r"'([^']*)'", choices[-1])
+        return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
+    if "Expected a dot import path string" in expected:
+        return f"{value!r} is neither the import path of a class nor a block of arguments"
+    types = [
+        "null" if name == "NoneType" else name for name in re.findall(r"Expected (?:an? )?<class '(.*?)'>", expected)
+    ]
+    return f"{value!r} is not of type {' or '.join(dict.fromkeys(types))}" if types and value else ""
