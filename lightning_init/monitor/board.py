@@ -27,8 +27,13 @@ class Board:
         ]
 
     def write_layout(self, stats: Sequence[str]) -> None:
-        """Once a run: the "Custom scalars" tab gets one chart per statistic with every layer in it."""
-        layout = {_title(stat): {"all layers": ["Multiline", [f"^{stat}/.*"]]} for stat in stats}
+        """Once a run: the "Custom scalars" tab gets one chart per statistic with every layer in it.
+
+        The total norm has its own: it would press the layers' lines to the ground.
+        """
+        layout = {_title(stat): {"all layers": ["Multiline", [f"^{stat}/(?!total$)"]]} for stat in stats}
+        if "gradient_norm" in stats:
+            layout[_title("gradient_norm")]["total"] = ["Multiline", ["^gradient_norm/total$"]]
         for writer in self.writers:
             writer.add_custom_scalars(layout)
 
