@@ -99,24 +99,27 @@ def test_a_learnable_activation(frequency: float) -> None:
     assert gain_of(Wave(frequency), "backward") == pytest.approx(backward, rel=1e-9)
 
 
+@pytest.mark.parametrize("q", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_simulation(name: str) -> None:
+def test_simulation(name: str, q: float) -> None:
     """gain²·f(z)² averages to 1 over a sample; five standard errors of that sample's own mean."""
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
+    a, b = math.sqrt(q) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
     output = GATES[name](a) * b if name in GATES else ACTIVATIONS[name](a)
-    squares = (gain_of(name) * output).square()
+    squares = (gain_of(name, q=q) * output).square()
     assert abs(squares.mean() - 1) < 5 * squares.std() / len(squares) ** 0.5
 
 
+@pytest.mark.parametrize("q", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_backward_simulation(name: str) -> None:
+def test_backward_simulation(name: str, q: float) -> None:
     """A unit gradient at the output has second moment 1/gain² at the inputs, summed over a gate's two."""
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(2, 400_000, dtype=torch.float64, generator=generator, requires_grad=True)
+    inputs = math.sqrt(q) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
+    inputs.requires_grad_()
     output = GATES[name](inputs[0]) * inputs[1] if name in GATES else ACTIVATIONS[name](inputs[0])
     (gradient,) = torch.autograd.grad(output.sum(), inputs)
-    squares = (gain_of(name, "backward") * gradient).square().sum(0)
+    squares = (gain_of(name, "backward", q=q) * gradient).square().sum(0)
     assert abs(squares.mean() - 1) < 5 * squares.std() / len(squares) ** 0.5
 
 
