@@ -18,6 +18,7 @@ HARMLESS_WARNINGS = [
     r"ignore:The number of training batches \(\d+\) is smaller than the logging interval:UserWarning",
     r"ignore:Checkpoint directory .* exists and is not empty:UserWarning",  # a second fit into it
     r"ignore:Starting from v1.9.0, `tensorboardX` has been removed:UserWarning",  # our loggers are explicit
+    r"ignore:Using `DistributedSampler` with the dataloaders. During:UserWarning",  # a few samples count twice
     r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning",  # Lightning 2.6 on torch 2.13
     r"ignore:DTensor random operators may not have complete support on cpu:UserWarning",  # reset_parameters
 ]

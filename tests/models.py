@@ -81,6 +81,27 @@ class RowTransformer(nn.Module):
         return logits
 
 
+class AllKinds(nn.Module):
+    """One of each, with sizes that two or four ranks cannot share evenly; the logits are summed.
+
+    ``wide``'s first weight has 64 × 4099 = 262,336 elements: just more than one block of 2¹⁸ random numbers.
+    """
+
+    def __init__(self, reverse: bool = False) -> None:
+        super().__init__()
+        parts = {
+            "conv": partial(conv_net, 7),
+            "lstm": partial(RowLSTM, 9, 2, bidirectional=True),
+            "transformer": partial(RowTransformer, 10),
+            "wide": partial(mlp, 4099, 1),
+        }
+        for name in reversed(parts) if reverse else parts:
+            self.add_module(name, parts[name]())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.stack([part(pixels) for part in self.children()]).sum(0)
+
+
 class DigitsModule(LightningModule):
     """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``.
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -22,7 +22,7 @@ def make_trainer(**options: Any) -> Trainer:
 
 def make_ddp_trainer(**options: Any) -> Trainer:
     """To be called on every rank: ``strategy="ddp"`` on the ranks that are there."""
-    return make_trainer(strategy="ddp", devices=int(os.environ["WORLD_SIZE"]), **options)
+    return make_trainer(strategy="ddp", devices=dist.get_world_size(), **options)
 
 
 def make_fsdp2_trainer(tensor_parallel_size: int = 1, one_file: bool = False, **options: Any) -> Trainer:
@@ -31,7 +31,7 @@ def make_fsdp2_trainer(tensor_parallel_size: int = 1, one_file: bool = False, **
     Args:
         one_file: save full checkpoints instead of a folder of shards.
     """
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size = dist.get_world_size()
     strategy = ModelParallelStrategy(
         data_parallel_size=world_size // tensor_parallel_size,
         tensor_parallel_size=tensor_parallel_size,

@@ -95,9 +95,7 @@ def run_ranks(
         RankError: a rank died without one (a signal, ``os._exit``), or its exception does not pickle.
         RankTimeout: with the stacks of all ranks.
     """
-    store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )  # port 0: the system picks a free one
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: the system picks a free one
     environment = dict(os.environ)
     filters = list(warnings.filters)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -105,9 +103,7 @@ def run_ranks(
         try:
             for rank in range(world_size):
                 port = store.port
-                job = Job(
-                    function, args, kwargs, rank, world_size, port, threads, timeout, environment, filters
-                )
+                job = Job(function, args, kwargs, rank, world_size, port, threads, timeout, environment, filters)
                 ranks.start(job)
             return ranks.results(time.monotonic() + timeout, timeout)
         finally:
@@ -153,9 +149,7 @@ class _Ranks:
         except EOFError:
             self.processes[rank].join(5)
             code = self.processes[rank].exitcode
-            raise RankError(
-                f"rank {rank} died (exit code {code}) and printed:\n{self.output(rank)}"
-            ) from None
+            raise RankError(f"rank {rank} died (exit code {code}) and printed:\n{self.output(rank)}") from None
         if succeeded:
             return pickle.loads(payload)
         cause = RankError(f"\nrank {rank} printed:\n{self.output(rank)}\nrank {rank} raised:\n{trace}")
@@ -260,9 +254,7 @@ def _become_rank(job: Job) -> None:
     torch.set_num_threads(job.threads)
     warnings.filters[:] = job.warning_filters  # type: ignore[index]
     warnings._filters_mutated()  # type: ignore[attr-defined]
-    rank_zero.rank_zero_only.rank = rank_zero_only.rank = (
-        job.rank
-    )  # was set to 0 when the forkserver imported it
+    rank_zero.rank_zero_only.rank = rank_zero_only.rank = job.rank  # was set to 0 when the forkserver imported it
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=job.timeout))
     dist.init_process_group(
         "gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timedelta(seconds=job.timeout)
