@@ -73,15 +73,15 @@ def draw(axes: Axes, run: Run, stat: str, layers: list[str]) -> None:
     axes.minorticks_off()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    runs = [Run.read(directory) for directory in arguments.runs]
+    given = parser.parse_args(arguments)
+    runs = [Run.read(directory) for directory in given.runs]
     with rc_context(STYLE):
-        picture(runs, [held_out_accuracy(run.checkpoint) for run in runs]).savefig(arguments.out, dpi=130)
-    print(f"wrote {arguments.out}")
+        picture(runs, [held_out_accuracy(run.checkpoint) for run in runs]).savefig(given.out, dpi=130)
+    print(f"wrote {given.out}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from lightning_init import SCHEMES, ActivationVarianceMonitor, InitCallback, Ini
 from lightning_init.cli import main
 from tests.models import DigitsMLP
 
-CONSOLE_SCRIPT = Path(sys.executable).with_name("lightning-init")
 QUIET = {
     "accelerator": "cpu",
     "max_steps": 1,
@@ -230,17 +227,3 @@ def test_main_finds_classes_beside_the_working_directory(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", list(sys.path))
     main(arguments("--trainer.fast_dev_run=true", model={"class_path": "mine.Mine"}))
     assert "mine" in sys.modules
-
-
-def test_the_console_script_trains() -> None:
-    root = Path(__file__).parents[1]
-    Path("mine.py").write_text("from tests.models import DigitsMLP\nclass Mine(DigitsMLP): ...\n")
-    run = subprocess.run(
-        [CONSOLE_SCRIPT, *arguments("--init.scheme=he_normal", model={"class_path": "mine.Mine"})],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "he_normal, seed 1: 6 of 6 parameters drawn" in run.stdout
