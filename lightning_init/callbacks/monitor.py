@@ -32,6 +32,7 @@ class _Run:
         step: the logged step whose micro-batches are being collected.
         listening: whether hooks are on the model.
         forward_open: whether a forward pass counts, were it the training step's.
+        backward_announced: whether Lightning has run a backward pass.
         said: what was warned about.
     """
 
@@ -42,6 +43,7 @@ class _Run:
     step: int | None = None
     listening: bool = False
     forward_open: bool = False
+    backward_announced: bool = False
     said: set[str] = field(default_factory=set)
 
     def listen(self, counts: Callable[[], bool]) -> None:
@@ -181,6 +183,7 @@ class ActivationVarianceMonitor(Callback):
     @_harmless
     def on_before_backward(self, run: _Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """From the loss on, gradients count. The forward pass is over, unless the user decides when."""
+        run.backward_announced = True
         if run.listening:
             run.forward_open = not pl_module.automatic_optimization
             scale = loop.loss_scale(trainer)
@@ -201,6 +204,7 @@ class ActivationVarianceMonitor(Callback):
             scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             run.recorder.add_norms(parameters, 1.0 if scale is None else 1.0 / scale)
+            run.listening = not pl_module.automatic_optimization  # LBFGS will evaluate again: the first one counts
 
     @_harmless
     def on_train_batch_end(
@@ -212,6 +216,11 @@ class ActivationVarianceMonitor(Callback):
         if step != run.step or not loop.step_ends_with_this_batch(trainer):
             return
         run.step = None
+        if run.recorder.tap.strays and not run.backward_announced:
+            run.warn_once(
+                "backward",
+                "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
+            )
         try:
             if (stats := run.recorder.exchange()) is not None:
                 self._publish(run, trainer, stats, step)

@@ -1,0 +1,145 @@
+"""A logged step in one process: measured, exchanged, or given up. On ranks: tests/distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_init.monitor import recorder as recorder_file
+from lightning_init.monitor.layers import find_layers
+from lightning_init.monitor.recorder import Recorder
+from lightning_init.monitor.stats import DEFAULT_STATS, LayerStats
+from tests.models import mlp
+from tests.oracle import assert_tags_close, expected_tags
+
+CPU = torch.device("cpu")
+
+
+def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> LayerStats | None:
+    """One step without a Trainer."""
+    recorder.start()
+    recorder.tap.attach()
+    network.zero_grad()
+    loss = nn.functional.cross_entropy(network(x), y)
+    recorder.tap.gradient_factor = 1.0
+    loss.backward()
+    recorder.tap.detach()
+    recorder.add_norms(network.parameters())
+    return recorder.exchange()
+
+
+def batch(n: int = 16, width: int = 64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(n, width), torch.arange(n) % 10
+
+
+def test_step_after_step() -> None:
+    torch.manual_seed(0)
+    network = mlp()
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    x, y = batch()
+    for n in (16, 3, 7):
+        stats = measure(recorder, network, x[:n], y[:n])
+        assert stats is not None
+        slow = mlp().double()
+        slow.load_state_dict(network.state_dict())
+        expected = expected_tags(slow, [[(x[:n].double(), y[:n])]], accumulation=1, prefix="", rectifiers=["1", "3"])
+        assert_tags_close(stats.tags, expected)
+    assert recorder.silent_layers == []
+
+
+def test_only_the_chosen_statistics_cost_anything() -> None:
+    network = mlp()
+    recorder = Recorder(find_layers(network), ["activation_variance"], CPU)
+    stats = measure(recorder, network, *batch())
+    assert stats is not None
+    assert set(stats.values) == {"activation_variance"}
+    assert recorder.tap.with_gradients is False
+    assert not recorder.norms.packed(CPU).any()
+
+
+def test_an_unfinished_step_leaves_nothing() -> None:
+    network, (x, y) = mlp(), batch()
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    recorder.tap.attach()
+    network(x * 100).sum().backward()  # and then the run skipped the rest of the batch
+    recorder.add_norms(network.parameters())
+    stats = measure(recorder, network, x, y)
+    fresh = measure(Recorder(find_layers(network), DEFAULT_STATS, CPU), network, x, y)
+    assert stats == fresh
+
+
+class Growing(nn.Module):
+    """Calls another layer, and another width, from the second step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.late, self.act = nn.Linear(64, 10), nn.Linear(64, 20), nn.ReLU()
+        self.grown = False
+        self.never = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.first(x))
+        return out + self.act(self.late(x)).mean() if self.grown else out
+
+
+def test_layers_that_appear_later() -> None:
+    torch.manual_seed(0)
+    network = Growing()
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    before = measure(recorder, network, *batch())
+    assert before is not None
+    assert recorder.silent_layers == ["late", "never"]
+    network.grown = True
+    after = measure(recorder, network, *batch())
+    assert after is not None
+    assert set(after.values["activation_variance"]) == {"first", "act", "late"}
+    assert recorder.silent_layers == ["never"]
+    network.grown = False
+    again = measure(recorder, network, *batch())
+    assert again == before
+
+
+@pytest.mark.parametrize(
+    ("target", "where"),
+    [
+        ("lightning_init.monitor.tap.observe", "hook on layer '0'"),
+        ("lightning_init.monitor.layout.Layout.pack", "packing"),
+        ("lightning_init.monitor.norms.GradientNorms.packed", "packing"),
+    ],
+)
+@pytest.mark.parametrize("healthy_steps", [0, 1])
+def test_a_fault_ends_it_with_its_cause(
+    monkeypatch: pytest.MonkeyPatch, target: str, where: str, healthy_steps: int
+) -> None:
+    network = mlp()
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    for _ in range(healthy_steps):
+        assert measure(recorder, network, *batch()) is not None
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(target, broken)
+    assert measure(recorder, network, *batch()) is None
+    assert recorder.off == f"rank 0: {where}: RuntimeError: no such thing"
+    monkeypatch.undo()
+    assert measure(recorder, network, *batch()) is None
+
+
+def test_a_model_without_layers_is_measured_too() -> None:
+    recorder = Recorder([], DEFAULT_STATS, CPU)
+    stats = recorder.exchange()
+    assert stats is not None
+    assert stats.tags == {}
+
+
+def test_apples_devices_have_no_float64() -> None:
+    assert Recorder([], DEFAULT_STATS, torch.device("mps")).device == CPU
+
+
+def test_one_process_sends_itself_its_message() -> None:
+    assert recorder_file._gathered("hello") == ["hello"]
