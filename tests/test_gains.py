@@ -211,6 +211,13 @@ def test_a_default_device_or_dtype_does_not_matter() -> None:
         assert gain_of(cubic) == pytest.approx(15**-0.5, rel=1e-10)  # E[z⁶] = 15
 
 
+def test_slopes_that_differ_count_by_their_squares() -> None:
+    module = nn.PReLU(num_parameters=2)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([-0.3, 0.9]))
+    assert gain_of(module) == pytest.approx((2 / (1 + (0.09 + 0.81) / 2)) ** 0.5, rel=1e-6)
+
+
 def test_functions_in_float32_will_do() -> None:
     assert gain_of(lambda z: z.float().relu()) == pytest.approx(2**0.5, rel=1e-6)
 

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_init.checks import check_positive, did_you_mean
 from lightning_init.initialization.distributions import Constant
 from lightning_init.initialization.fans import Fans, embedding_bag_fans
-from lightning_init.initialization.norms import is_norm_by_name, norm_role
+from lightning_init.initialization.norm_roles import is_norm_by_name, norm_role
 from lightning_init.initialization.role import KEEP, Role
 from lightning_init.initialization.torch_roles import TORCH_ROLES, Describe, torch_uniform
 

@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_init.initialization.distributions import Constant, Distribution, Normal, Uniform
 from lightning_init.initialization.fans import Fans, bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
-from lightning_init.initialization.norms import norm_role
+from lightning_init.initialization.norm_roles import norm_role
 from lightning_init.initialization.role import Role
 
 Describe = Callable[[Any, str], Role]

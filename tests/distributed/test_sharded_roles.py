@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from lightning_init.initialization.roles import Role, role_of
 from tests.distributed.harness import run_ranks
 from tests.test_fans import TransformersConv1D
-from tests.test_norms import GemmaRMSNorm, LlamaRMSNorm
+from tests.test_norm_roles import GemmaRMSNorm, LlamaRMSNorm
 
 
 def modules() -> list[nn.Module]:
