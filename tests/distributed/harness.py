@@ -139,23 +139,39 @@ class _Ranks:
             if not ready:
                 self.raise_timeout(timeout, sorted(waiting.values()))
             for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
-                results[rank] = self.receive(rank)
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                results[rank] = self.receive(rank, list(waiting.values()))
         return [results[rank] for rank in range(len(self.pipes))]
 
-    def receive(self, rank: int) -> Any:
-        try:
-            succeeded, payload, trace = pickle.loads(self.pipes[rank].recv_bytes())
-        except EOFError:
-            self.processes[rank].join(5)
-            code = self.processes[rank].exitcode
-            raise RankError(f"rank {rank} died (exit code {code}) and printed:\n{self.output(rank)}") from None
+    def receive(self, rank: int, others: list[int]) -> Any:
+        """The result of a rank, or its exception raised here; ``others`` have not been heard of yet."""
+        message = self.message_of(rank)
+        if message is None:
+            self.raise_death(rank)
+        succeeded, payload, trace = message
         if succeeded:
             return pickle.loads(payload)
+        # When a rank dies, the others fail with "connection reset", and may be heard first. Ask who died.
+        for pipe in wait([self.pipes[other] for other in others], timeout=0.2):
+            other = self.pipes.index(pipe)  # type: ignore[arg-type]
+            if self.message_of(other) is None:
+                self.raise_death(other)
         cause = RankError(f"\nrank {rank} printed:\n{self.output(rank)}\nrank {rank} raised:\n{trace}")
         if payload is None:
             raise cause
         raise pickle.loads(payload) from cause
+
+    def message_of(self, rank: int) -> tuple[bool, Any, str] | None:
+        """What a rank sent; None if it died before it could."""
+        try:
+            return pickle.loads(self.pipes[rank].recv_bytes())  # type: ignore[no-any-return]
+        except EOFError:
+            return None
+
+    def raise_death(self, rank: int) -> NoReturn:
+        self.processes[rank].join(5)
+        code = self.processes[rank].exitcode
+        raise RankError(f"rank {rank} died (exit code {code}) and printed:\n{self.output(rank)}")
 
     def raise_timeout(self, timeout: float, unfinished: list[int]) -> NoReturn:
         for process in self.processes:
