@@ -55,12 +55,11 @@ def window_of(tensor: Tensor) -> Window:
     Raises:
         ValueError: a DTensor with partial sums, or one whose shard is not in ascending order.
     """
-    tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return Window(tensor, tensor.shape)
+        return Window(tensor.detach(), tensor.shape)
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a parameter with partial placements {tensor.placements} cannot be initialised")
-    local = tensor.to_local()
+    local = tensor.to_local().detach()  # in this order: detaching a DTensor may hand out an equal, older mesh
     is_sharded = any(hasattr(placement, "dim") for placement in tensor.placements)
     indices = [_held_indices(tensor, dim) for dim in range(tensor.ndim)]
     if all(len(held) == size for held, size in zip(indices[1:], tensor.shape[1:], strict=True)):
