@@ -432,7 +432,7 @@ def raise_runtime_error(*args: Any, **kwargs: Any) -> None:
         ("lightning_init.callbacks.loop.loss_scale", "on_before_backward"),
         ("lightning_init.monitor.norms.sum_of_squares", "on_before_optimizer_step"),
         ("lightning_init.monitor.layout.Layout.pack", "packing"),
-        ("lightning_init.monitor.recorder.Reading", "writing"),
+        ("lightning_init.monitor.recorder.Reading", "reading"),
         ("lightning_init.monitor.board.Board.write", "writing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The torchmetrics state in one process. On ranks: tests/distributed/test_monitor_exchange.py."""
+"""The torchmetrics state in one process. On ranks: tests/distributed/test_monitor_faults.py."""
 
 from __future__ import annotations
 

@@ -224,10 +224,10 @@ class ActivationVarianceMonitor(Callback):
         try:
             if (stats := run.recorder.exchange()) is not None:
                 self._publish(run, trainer, stats, step)
-        except Exception as error:  # after the collective: the other ranks hear of it at the next one
+        except Exception as error:
             run.recorder.fail("writing", error)
-            run.report(run.recorder.fault)
-        run.report(run.recorder.off)
+        # what failed behind the collective is said now, though the other ranks hear of it only at the next one
+        run.report(run.recorder.off or run.recorder.fault)
 
     @_harmless
     def on_train_epoch_end(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_init.monitor.layers import Layer
-from lightning_init.monitor.layout import FAULT, UNKNOWN, Layout, Slot, in_one_order, slots_of
+from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN, Layout, Slot, in_one_order, slots_of
 from lightning_init.monitor.norms import GradientNorms
 from lightning_init.monitor.state import PackedState
 from lightning_init.monitor.stats import LayerStats, Reading
@@ -76,17 +76,14 @@ class Recorder:
         records = self.tap.empty()
         if self._layout is None:
             self._agree(records)
-        reading = self._summed(records)
-        if reading is not None and reading.flags[UNKNOWN] and not reading.flags[FAULT]:
+        flags, reading = self._summed(records)
+        if flags[UNKNOWN] and not flags[FAULT]:
             self._agree(records)
-            reading = self._summed(records)
+            flags, reading = self._summed(records)
         self.norms.empty()
-        if reading is None or self.off:
-            return None
-        if reading.flags[FAULT]:
+        if flags[FAULT]:
             self._agree({})
-            return None
-        return reading.stats(self.stats, self.norms.owners, self._rectifiers)
+        return reading.stats(self.stats, self.norms.owners, self._rectifiers) if reading and not self.off else None
 
     def _agree(self, records: dict[str, Record]) -> None:
         """All ranks learn all slots, known ones first in line, and each other's faults."""
@@ -100,13 +97,20 @@ class Recorder:
             self._layout = Layout(slots, len(self.norms.owners), self.device)
             self._state = PackedState(self._layout.size, self.device)
 
-    def _summed(self, records: dict[str, Record]) -> Reading | None:
-        """The one collective of a step, and the one copy to the host."""
+    def _summed(self, records: dict[str, Record]) -> tuple[list[float], Reading | None]:
+        """The one collective of a step, and the one copy to the host: the flags, and what was measured."""
         if self.off or self._layout is None or self._state is None:
-            return None
+            return [0.0] * FLAGS, None
         self._state.reset()
         self._state.update(self._vector(self._layout, records))
-        return Reading(self._state.compute(), self._layout)
+        total = self._state.compute()
+        if self.fault is None:
+            try:
+                reading = Reading(total, self._layout)
+                return reading.flags, reading
+            except Exception as error:
+                self.fail("reading", error)
+        return total[self._layout.flags].tolist(), None  # a rank that has failed still does what the flags say
 
     def _vector(self, layout: Layout, records: dict[str, Record]) -> Tensor:
         if self.fault is None:
