@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor, nn
 
+from lightning_init.initialization import quadrature
 from lightning_init.initialization.gains import ACTIVATIONS, GATES, gain_of
 
 # Five digits each, from quadrature at 30 digits with the kinks given.
@@ -152,6 +153,7 @@ def test_agrees_with_a_slow_quadrature_told_where_the_kinks_are(
     pieces = [
         quad(integrand, low, high, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for low, high in itertools.pairwise(inner)
     ]
+    assume(sum(pieces) > 1e-5)  # the reference's own error is 1e-13
     assert gain_of(activation, q=q) == pytest.approx(sum(pieces) ** -0.5, rel=1e-7)
 
 
@@ -203,10 +205,12 @@ def test_nothing_of_the_callers_changes() -> None:
     assert not calls
 
 
-def test_a_default_device_or_dtype_does_not_matter() -> None:
+def test_a_default_device_does_not_matter() -> None:
     def cubic(z: Tensor) -> Tensor:
         return z**3
 
+    quadrature._panels.cache_clear()  # made anew, under the default device
+    quadrature._clenshaw_curtis.cache_clear()
     with torch.device("meta"):
         assert gain_of(cubic) == pytest.approx(15**-0.5, rel=1e-10)  # E[z⁶] = 15
 
