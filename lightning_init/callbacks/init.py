@@ -141,8 +141,8 @@ class InitCallback(Callback):
         more = f"\n  … and {len(signs) - 5} more" if len(signs) > 5 else ""
         raise ValueError(
             f"the model shows signs of training, and new weights would destroy them:\n{shown}{more}\n"
-            f"To keep these weights: rules=[Rule({_common_pattern(signs)!r}, 'keep')]. "
-            "To initialise all the same: when='always'."
+            f"To keep these weights: rules=[{_keep_rules(signs)}], or Rule('*', 'keep') if all others are "
+            "trained too. To initialise all the same: when='always'."
         )
 
     def _refuse_unknown(self, module: LightningModule) -> None:
@@ -173,12 +173,11 @@ class InitCallback(Callback):
                 logger.experiment.add_text("initialization", report.to_markdown(), 0)
 
 
-def _common_pattern(signs: list[str]) -> str:
-    """A glob on the innermost module that all signs come from, to paste into a rule."""
-    owners = [sign.split(" ")[0].split(".")[:-1] for sign in signs]
-    common = []
-    for steps in zip(*owners, strict=False):
-        if len(set(steps)) > 1:
-            break
-        common.append(steps[0])
-    return ".".join([*common, "*"])
+def _keep_rules(signs: list[str]) -> str:
+    """Rules to paste, one for each of the model's own attributes with a sign of training anywhere inside.
+
+    Not narrower: the layers beside the ones that show it were trained with them.
+    """
+    names = [sign.split(" ")[0] for sign in signs]
+    patterns = dict.fromkeys(name.partition(".")[0] + ".*" if "." in name else "*" for name in names)
+    return ", ".join(f"Rule({pattern!r}, 'keep')" for pattern in patterns)

@@ -1,97 +1,187 @@
-"""Signs that a model has been trained, so that its weights are not overwritten by mistake."""
+"""Signs that a model has been trained, so that its weights are not overwritten by mistake.
+
+Every number a test is held against is that of a fresh draw; a single sign suffices to refuse. So a fresh model
+must give none, whatever its author draws, and a trained one at least one, which need not be in every layer.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lightning_init.initialization.distributions import Uniform
+from lightning_init.initialization.distributions import Constant, Uniform
+from lightning_init.initialization.draw import Block
 from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.role import Role
+from lightning_init.initialization.window import window_of
 from lightning_init.names import clean_name
-
-SLACK = 1.0 + 2**-8
-"""A fresh uniform draw may exceed its bound by rounding to bfloat16, not by more."""
 
 NEXT_TO_ZERO = 1e-5
 """Some libraries draw fresh biases with a std of 1e-6; one optimizer step moves them further."""
+
+SIGMAS = 5
+"""How many standard errors are still chance."""
+
+TRUNCATED_KURTOSIS = 2.366
+"""Of a normal distribution cut at ±2 std, with a standard error of 2.2/√n; a uniform one has 1.8, and 1.15/√n."""
 
 
 def signs_of_training(assignments: list[Assignment], model: nn.Module) -> list[str]:
     """What a fresh model would not have, in words; empty for a fresh one.
 
-    Only parameters about to be drawn count: what is kept cannot be lost. Looked for are batch norm statistics
-    that have seen batches, norm weights and biases that are not constant, biases that are not zero where the
-    module starts them there, and uniform weights or biases of which some have left the interval they were drawn
-    from.
+    Only parameters about to be drawn count: what is kept cannot be lost. Looked for are
+
+    - norms, PReLUs and biases that start constant and no longer are;
+    - batch norms that have seen batches;
+    - uniform biases that are neither what the module drew nor constant, and uniform weights of which some have
+      left their interval (a step of 1e-3 is enough);
+    - weight matrices whose input columns, and lookup tables whose rows, differ in size by more than chance.
+
+    A module with a parameter that is still constant has not been trained, since a step moves all of them: whatever
+    else it holds is its author's draw. What an author drew for all biases of a module cannot be told from training.
+    A normal draw without biases or norms around it hides a few steps; nothing in the values can show them.
     """
-    drawn = [step for step in assignments if step.is_drawn and step.place.via == "itself"]
-    owners = {id(step.place.module) for step in drawn}
-    signs = [sign for sign in _statistics(model) if sign[0] in owners]
-    return [text for _, text in signs] + [text for step in drawn for text in _parameter_signs(step)]
+    modules: dict[int, list[Assignment]] = defaultdict(list)
+    for step in assignments:
+        if step.is_drawn and step.place.via in ("itself", "recomputed") and not step.place.parameter.is_meta:
+            modules[id(step.place.module)].append(step)
+    paths = {id(module): clean_name(model, path) for path, module in model.named_modules()}
+    touched = {key: steps for key, steps in modules.items() if not any(map(_is_still_constant, steps))}
+    statistics = [sign for key, steps in touched.items() for sign in _statistics(steps[0].place.module, paths[key])]
+    return statistics + [text for step in chain(*touched.values()) for text in _parameter_signs(step)]
 
 
-def _statistics(model: nn.Module) -> Iterator[tuple[int, str]]:
-    """Batch norms that have counted batches."""
-    for path, module in model.named_modules():
-        count = module._buffers.get("num_batches_tracked")
-        if count is not None and not count.is_meta and int(count) > 0:
-            yield id(module), f"{clean_name(model, path)}.num_batches_tracked is {int(count)}"
+def _is_still_constant(step: Assignment) -> bool:
+    """Whether each slice of this parameter has one value, and more than one element."""
+    parts = _parts(step)
+    return any(part.numel() > 1 for part in parts) and all(map(_is_constant, parts))
+
+
+def _statistics(module: nn.Module, path: str) -> Iterator[str]:
+    """A batch norm that has counted batches."""
+    count = module._buffers.get("num_batches_tracked")
+    if count is not None and not count.is_meta and int(count) > 0:
+        yield f"{path}{'.' if path else ''}num_batches_tracked is {int(count)}"
 
 
 def _parameter_signs(step: Assignment) -> Iterator[str]:
     """At most one sign for one parameter."""
-    values = _held(step.place.parameter)
-    role = step.role
-    if role is None or values.numel() == 0:
+    role, parts = step.role, _parts(step)
+    if role is None or not parts:
         return
-    low, high = float(values.min()), float(values.max())
-    if role.kind == "norm":
-        if low != high:
-            yield f"{step.name} is not constant ({low:.4g} … {high:.4g}), as a fresh norm's is"
-    elif role.starts_at_zero:
-        if low != high:
-            yield f"{step.name} is not constant ({low:.4g} … {high:.4g}), but starts at zero"
-    elif isinstance(role.default, Uniform) and values.numel() >= 2:
-        moved = _bias_has_moved(values, role.default) if role.kind == "bias" else _has_left(values, role.default)
-        if moved:
-            yield (
-                f"{step.name} ({low:.6g} … {high:.6g}) is no longer what its module drew, "
-                f"uniform within ±{role.default.high:.6g}"
-            )
+    values = torch.cat(parts)
+    span = f"{step.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
+    if role.kind == "bias" and isinstance(role.default, Uniform):
+        if any(_bias_has_moved(part, role.default) for part in parts):
+            yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
+    elif role.kind in ("bias", "norm", "other") and isinstance(role.default, Constant):
+        if any(not _is_constant(part) and float(part.abs().max()) > NEXT_TO_ZERO for part in parts):
+            yield f"{span} is not constant, as a fresh {type(step.place.module).__name__}'s is"
+    elif role.kind == "weight" and isinstance(role.default, Uniform) and _has_left(values, role.default, step):
+        yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
+    elif role.kind in ("weight", "embedding") and _inputs_differ(step, role):
+        what = "rows" if role.kind == "embedding" else "input columns"
+        yield f"{step.name}: its {what} differ in size by more than chance"
 
 
-def _has_left(values: Tensor, drawn_from: Uniform) -> bool:
-    """Whether values were drawn from this uniform distribution and some have left its interval since.
+def _parts(step: Assignment) -> list[Tensor]:
+    """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
+    window = window_of(step.place.parameter)
+    size = window.whole_shape.numel() // len(step.slices)
+    flat = _real(window.local).reshape(-1)
+    overlaps = [window.overlap(Block(i * size, (i + 1) * size, 0)) for i in range(len(step.slices))]
+    return [flat[overlap[0]] for overlap in overlaps if overlap is not None]
 
-    A user's own draw is no sign: a uniform one of another width has another spread, a normal one another
-    kurtosis (3; a uniform one's is 1.8).
-    """
-    squares = values.square()
-    kurtosis = float(squares.square().mean() / squares.mean().square())
-    return kurtosis < 2.1 and _has_spread_of(values, drawn_from) and _reaches_beyond(values, drawn_from)
+
+def _real(values: Tensor) -> Tensor:
+    return values.abs().float() if values.is_complex() else values.float()
+
+
+def _is_constant(values: Tensor) -> bool:
+    return bool((values == values[0]).all())
 
 
 def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
     """Whether a bias is neither constant, nor next to zero, nor what its module draws."""
-    if float(values.min()) == float(values.max()) or float(values.abs().max()) < NEXT_TO_ZERO:
+    if values.numel() < 2 or _is_constant(values) or float(values.abs().max()) < NEXT_TO_ZERO:
         return False
-    return _reaches_beyond(values, drawn_from) or not _has_spread_of(values, drawn_from)
+    beyond = float(values.abs().max()) > drawn_from.high * _rounding(values)
+    return beyond or not _has_spread_of(values, drawn_from)
+
+
+def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
+    """Whether values were drawn from this uniform distribution and some have left its interval since.
+
+    Training blurs the edges: beyond the bound there are values, but fewer than if the whole interval had been
+    wider, which is what an author's own draw looks like. A few values cannot tell one from the other; then an
+    author's draw is taken for one if it is from the formulas of ``torch.nn.init``.
+    """
+    rounding, count = _rounding(values), values.numel()
+    bound, largest = drawn_from.high * rounding, float(values.abs().max())
+    expected = max(0.0, count * (1 - bound * rounding**2 / largest)) if largest else 0.0
+    beyond = int((values.abs() > bound).sum())
+    spread = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
+    chance = SIGMAS * drawn_from.sampling_error(count) + 0.01
+    if beyond < expected - SIGMAS * math.sqrt(expected):
+        is_uniform = _kurtosis(values) < TRUNCATED_KURTOSIS - SIGMAS * 2.2 / math.sqrt(count)
+        return is_uniform and -chance < spread < 0.5
+    if largest <= bound or largest > 1.02 * bound or expected > 4 * SIGMAS**2:  # enough to tell half of it
+        return False
+    is_uniform = _kurtosis(values) < 1.9 + SIGMAS * 1.15 / math.sqrt(count)
+    fresh = (width * (1 - 8 / count) < largest <= width * _rounding(values) for width in _usual_bounds(step))
+    return is_uniform and abs(spread) < chance and not any(fresh)
+
+
+def _usual_bounds(step: Assignment) -> Iterator[float]:
+    """Half widths that ``torch.nn.init`` gives a weight of this shape: Xavier's and Kaiming's, with usual gains."""
+    shape = step.place.parameter.shape
+    taps = math.prod(shape[2:])
+    fan_in, fan_out = shape[1] * taps, shape[0] * taps
+    for gain in (1.0, math.sqrt(2), 5 / 3):
+        for fan in (fan_in, fan_out, (fan_in + fan_out) / 2):
+            yield gain * math.sqrt(3 / fan)
+
+
+def _kurtosis(values: Tensor) -> float:
+    squares = values.square()
+    return float(squares.square().mean() / squares.mean().square())
 
 
 def _has_spread_of(values: Tensor, drawn_from: Uniform) -> bool:
-    """Whether the measured std is the distribution's, within five standard errors and 1 %."""
+    """Whether the measured std is the distribution's, within the standard error and 1 %."""
     spread = float(values.square().mean().sqrt()) / drawn_from.target_std
-    return abs(spread - 1) < 5 * drawn_from.sampling_error(values.numel()) + 0.01
+    return abs(spread - 1) < SIGMAS * drawn_from.sampling_error(values.numel()) + 0.01
 
 
-def _reaches_beyond(values: Tensor, drawn_from: Uniform) -> bool:
-    return float(values.abs().max()) > drawn_from.high * SLACK
+def _rounding(values: Tensor) -> float:
+    """How far a fresh draw may exceed its bound, as a factor: by rounding to the coarsest type that holds it."""
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    held_by = next((dtype for dtype in types if torch.equal(values.to(dtype).float(), values)), torch.float32)
+    return 1 + torch.finfo(held_by).eps / 2
 
 
-def _held(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter, in float32; the other ranks look at theirs."""
-    held = parameter.detach()
-    local = held.to_local() if isinstance(held, DTensor) else held
-    return local.abs().float() if local.is_complex() else local.float()
+def _inputs_differ(step: Assignment, role: Role) -> bool:
+    """Whether some inputs of a weight matrix (rows of a lookup table) are larger than others beyond chance.
+
+    In a draw whose elements are alike, the mean squares of C columns of n elements vary by (kurtosis - 1)·s⁴/n,
+    measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
+    compared: authors do give the gates that are packed in one matrix different sizes.
+    """
+    local = _real(window_of(step.place.parameter).local)
+    if local.ndim < 2 or not local.numel():
+        return False
+    by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)
+    if role.kind == "embedding":
+        by_input = by_input[by_input.abs().amax(1) > 0]  # without padding
+    columns, size = by_input.shape
+    if columns < 16 or size < 16 or bool((by_input == 0).any()):  # a mask, or a structure of the author's
+        return False
+    squares = by_input.square()
+    expected = float(squares.mean().square()) * (_kurtosis(local.reshape(-1)) - 1) / size
+    excess = float(squares.mean(1).var()) / expected - 1 if expected else 0.0
+    return excess > 1 and excess > 2 * SIGMAS * math.sqrt(2 / (columns - 1))
