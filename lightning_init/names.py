@@ -16,11 +16,12 @@ def clean_name(model: nn.Module, path: str) -> str:
     >>> clean_name(nn.Sequential(), "net._orig_mod.0.weight")
     'net.0.weight'
     """
-    module: object = model
+    module: nn.Module | None = model
     kept = []
     for step in path.split("."):
         is_wrapper = isinstance(module, (DistributedDataParallel, DataParallel)) and step == "module"
         if not (is_wrapper or step in _ALWAYS_WRAPPERS):
             kept.append(step)
-        module = getattr(module, step, None)
+        # Submodules only: reading a parametrized weight would compute it, and spectral_norm changes its state then.
+        module = module._modules.get(step) if module is not None else None
     return ".".join(kept)

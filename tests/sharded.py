@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 
@@ -21,3 +22,4 @@ def as_rank(rank: int, mesh_shape: Sequence[int]) -> Iterator[DeviceMesh]:
         yield init_device_mesh("cpu", tuple(mesh_shape))
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # DTensor takes meshes out of it that are equal but another rank's

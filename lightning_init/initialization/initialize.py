@@ -116,11 +116,15 @@ def _entry(step: Assignment, measured: Measured) -> Entry:
     )
     if not step.is_drawn:
         return entry
-    entry = dataclasses.replace(entry, scheme=step.scheme, gain=step.gain if step.fans else None)
-    if not measured.count:
-        return entry
     target, tolerance = _target(step, measured)
-    return dataclasses.replace(entry, target_std=target, measured_std=measured.std, tolerance=tolerance)
+    return dataclasses.replace(
+        entry,
+        scheme=step.scheme,
+        gain=step.gain if step.fans else None,
+        target_std=target,
+        measured_std=measured.std,
+        tolerance=tolerance,
+    )
 
 
 def _target(step: Assignment, measured: Measured) -> tuple[float, float]:

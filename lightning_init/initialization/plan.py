@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrizations import _OrthMaps
 
 from lightning_init.initialization.distributions import Constant, Distribution, Normal, Scheme
 from lightning_init.initialization.fans import Fans
@@ -116,6 +117,8 @@ def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: 
         return "uninitialised: a lazy module gets its shape from its first batch; run one before fit"
     if not (parameter.is_floating_point() or parameter.is_complex()):
         return f"integer ({parameter.dtype})"
+    if parameter.numel() == 0:
+        return "no elements"
     if rule is not None and rule.keeps:
         return "kept by rule"
     if place is not owner:
@@ -147,7 +150,9 @@ def _why_not_through(place: Place) -> str:
     if parametrizations is None:
         return ""
     for step in parametrizations:
-        if not hasattr(step, "right_inverse"):
+        # torch's orthogonal parametrization has a right_inverse that raises unless it keeps a base.
+        is_one_way = getattr(step, "orthogonal_map", _OrthMaps.householder) != _OrthMaps.householder
+        if not hasattr(step, "right_inverse") or (is_one_way and not hasattr(step, "base")):
             return f"parametrized: {type(step).__name__} has no right_inverse"
     return ""
 

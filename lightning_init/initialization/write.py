@@ -35,7 +35,7 @@ def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
     measured = [Measured() for _ in assignments]
     jobs: list[tuple[int, Callable[[], Measured]]] = []
     for index, assignment in enumerate(assignments):
-        if assignment.is_drawn and assignment.place.parameter.numel():
+        if assignment.is_drawn:
             jobs.extend((index, job) for job in _jobs(assignment, seed))
     results = run_on_all_cores([job for _, job in jobs])
     for (index, _), part in zip(jobs, results, strict=True):
