@@ -47,9 +47,10 @@ class Rule:
             if self.gain is not None:
                 raise ValueError(f"Rule({self.pattern!r}, 'keep') draws nothing: it cannot have a gain")
             return
+        scheme = scheme_of(self.scheme)
         if self.gain is not None:
             check_positive("Rule(gain)", self.gain)
-            check_takes_gain(scheme_of(self.scheme), "Rule(gain)")
+            check_takes_gain(scheme, "Rule(gain)")
 
     @property
     def keeps(self) -> bool:
