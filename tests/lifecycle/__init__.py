@@ -15,6 +15,7 @@ from tests.lifecycle.continuing import (
     resume_after_an_exception,
     resume_by_slurm,
     resume_from_a_file_that_knows_no_callback,
+    resume_from_a_file_without_callbacks,
     resume_from_a_path,
     resume_from_last,
     resume_with_weights_only,
@@ -41,6 +42,7 @@ from tests.lifecycle.guard import (
 )
 from tests.lifecycle.setting import Setting
 from tests.lifecycle.starting import (
+    another_module_after_a_checkpoint,
     first_fit,
     fit_after_a_failed_start,
     fit_after_validating_fresh_weights,
@@ -54,6 +56,7 @@ EVERYWHERE: list[Case] = [
     first_fit,
     last_without_a_checkpoint,
     second_module,
+    another_module_after_a_checkpoint,
     fit_after_validating_fresh_weights,
     fit_after_a_failed_start,
     resume_from_a_path,
@@ -84,7 +87,13 @@ FINDERS: list[Case] = [
     resume_with_a_finder,
 ]
 # Lightning refuses a WeightAveraging of sharded models, ...
-NOT_SHARDED: list[Case] = [average_before, average_after, average_of_all_steps, resumed_average]
+NOT_SHARDED: list[Case] = [
+    average_before,
+    average_after,
+    average_of_all_steps,
+    resumed_average,
+    resume_from_a_file_without_callbacks,
+]
 # ... and batch size finders on several devices.
 ONE_DEVICE: list[Case] = [tuner_scale_batch_size, batch_size_finder]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
@@ -28,6 +29,19 @@ def resume_from_a_file_that_knows_no_callback(setting: Setting) -> None:
     path, trained = setting.trained()
     model = setting.model()
     setting.trainer(new_callback(), max_epochs=2).fit(model, ckpt_path=path)
+    assert_kept(model.starts[0], trained)
+
+
+def resume_from_a_file_without_callbacks(setting: Setting) -> None:
+    """Then Lightning does not call on_load_checkpoint."""
+    path, trained = setting.trained(new_callback())
+    if setting.is_first_rank:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint["callbacks"]
+        torch.save(checkpoint, path)
+    model, trainer = setting.model(), setting.trainer(new_callback(), max_epochs=2)
+    trainer.strategy.barrier()
+    trainer.fit(model, ckpt_path=path)
     assert_kept(model.starts[0], trained)
 
 

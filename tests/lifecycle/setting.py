@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -51,6 +52,10 @@ class Setting:
 
     strategy: Literal["single", "ddp", "fsdp2", "fsdp2 one file"]
     folder: Path
+
+    @property
+    def is_first_rank(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0
 
     def trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
         make = MAKE_TRAINER[self.strategy]

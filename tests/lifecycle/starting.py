@@ -33,6 +33,17 @@ def second_module(setting: Setting) -> None:
     assert_same(model.starts[0], initialized())
 
 
+def another_module_after_a_checkpoint(setting: Setting) -> None:
+    """FSDP2 strategies still show the path of the fit before at this point."""
+    path, _ = setting.trained(new_callback())
+    trainer = setting.trainer(new_callback(), max_epochs=2)
+    trainer.fit(setting.model(), ckpt_path=path)
+    trainer.fit_loop.max_epochs = 3
+    model = setting.model()
+    trainer.fit(model)
+    assert_same(model.starts[0], initialized())
+
+
 def fit_after_validating_fresh_weights(setting: Setting) -> None:
     model, trainer = setting.model(), setting.trainer(new_callback())
     trainer.validate(model, verbose=False)
