@@ -30,7 +30,8 @@ class _Run:
 
     Attributes:
         step: the logged step whose micro-batches are being collected.
-        listening: whether hooks are on the model.
+        stepped: whether this batch's gradients were taken, once and for all.
+        listening: whether what happens now is measured.
         forward_open: whether a forward pass counts, were it the training step's.
         backward_announced: whether Lightning has run a backward pass.
         said: what was warned about.
@@ -41,6 +42,7 @@ class _Run:
     board: Board | None = None
     eager: EagerMoment = field(default_factory=EagerMoment)
     step: int | None = None
+    stepped: bool = False
     listening: bool = False
     forward_open: bool = False
     backward_announced: bool = False
@@ -85,6 +87,8 @@ def _harmless(
             return
         try:
             method(self, run, *args, **kwargs)
+        except Warning:
+            raise  # of our own, by somebody who made warnings errors
         except Exception as error:
             run.recorder.fail(method.__name__, error)
             run.stop_listening()
@@ -173,7 +177,9 @@ class ActivationVarianceMonitor(Callback):
         run.stop_listening()
         step = loop.step_number(trainer)
         if step % run.interval:
+            run.step = None
             return
+        run.stepped = False
         if step != run.step:
             run.recorder.start()
             run.step = step
@@ -200,11 +206,16 @@ class ActivationVarianceMonitor(Callback):
         self, run: _Run, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Gradients are accumulated, averaged and unscaled now, and not yet clipped."""
-        if run.listening:
+        if run.step is None or run.stepped:
+            return
+        run.stepped = pl_module.automatic_optimization  # LBFGS evaluates again: its first evaluation counts
+        run.listening = not run.stepped
+
+        def still_scaled() -> float | Tensor:
             scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
-            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            run.recorder.add_norms(parameters, 1.0 if scale is None else 1.0 / scale)
-            run.listening = not pl_module.automatic_optimization  # LBFGS will evaluate again: the first one counts
+            return 1.0 if scale is None else 1.0 / scale
+
+        run.recorder.add_norms((p for group in optimizer.param_groups for p in group["params"]), still_scaled)
 
     @_harmless
     def on_train_batch_end(
@@ -277,6 +288,8 @@ class ActivationVarianceMonitor(Callback):
     def _first_board(self, run: _Run, trainer: Trainer) -> Board:
         if silent := run.recorder.silent_layers:
             run.warn_once("silent", f"found layers that nobody called in the first logged step: {_listed(silent)}.")
+        if partial := run.recorder.tap.partial:
+            run.warn_once("partial", f"leaves out partial sums, which no rank holds whole: {_listed(list(partial))}.")
         board = Board(trainer.loggers)
         board.write_layout(self.stats)
         return board

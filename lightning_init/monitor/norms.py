@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_init.moments import observe
+from lightning_init import moments
 from lightning_init.monitor.layers import Layer
 
 
@@ -32,11 +32,10 @@ class GradientNorms:
                 self._rows.setdefault(parameter, []).append(row)
         self._squares: dict[nn.Parameter, Tensor] = {}
 
-    def add(self, parameters: Iterable[nn.Parameter], factor: float | Tensor = 1.0) -> None:
-        """Take the gradients of ``parameters`` as they are now, times ``factor``. The last call counts."""
-        for parameter in parameters:
-            if parameter.grad is not None:
-                self._squares[parameter] = sum_of_squares(parameter.grad, self.world_size) * factor**2
+    def add(self, gradients: Mapping[nn.Parameter, Tensor], factor: float | Tensor = 1.0) -> None:
+        """Take whole gradients as they are now, times ``factor``. A parameter's last call counts."""
+        for parameter, gradient in gradients.items():
+            self._squares[parameter] = sum_of_squares(gradient, self.world_size) * factor**2
 
     def empty(self) -> None:
         """Forget what was collected."""
@@ -59,18 +58,28 @@ class GradientNorms:
         return torch.cat((squares, torch.tensor(counts, dtype=torch.float64, device=device)))
 
 
+def whole_gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """The gradients of ``parameters``, as far as there are any.
+
+    Under sequence parallelism a norm's gradient is a sum that ranks have not made yet, and squares of parts don't
+    add up: it is made here. That is a collective, so every rank has to call this.
+    """
+    gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+    for parameter, gradient in gradients.items():
+        if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+            whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+            gradients[parameter] = gradient.redistribute(placements=whole)
+    return gradients
+
+
 def sum_of_squares(gradient: Tensor, world_size: int = 1) -> Tensor:
     """This rank's share of Σg², [] float64: summed over all ranks it is the squared norm."""
     copies = world_size
     if isinstance(gradient, DTensor):
-        if any(placement.is_partial() for placement in gradient.placements):
-            # not summed yet, and squares of parts don't add up: the one case that needs its own collective
-            whole = [Replicate() if p.is_partial() else p for p in gradient.placements]
-            gradient = gradient.redistribute(placements=whole)
         for dim, placement in enumerate(gradient.placements):
             if not placement.is_replicate():
                 copies //= gradient.device_mesh.size(dim)
         gradient = gradient.to_local()
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
-    return observe(gradient).squares / copies
+    return moments.sum_of_squares(gradient) / copies

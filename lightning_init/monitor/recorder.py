@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN, Layout, Slot, in_one_order, slots_of
-from lightning_init.monitor.norms import GradientNorms
+from lightning_init.monitor.norms import GradientNorms, whole_gradients
 from lightning_init.monitor.state import PackedState
 from lightning_init.monitor.stats import LayerStats, Reading
 from lightning_init.monitor.tap import Record, Tap
@@ -51,7 +51,7 @@ class Recorder:
     @property
     def silent_layers(self) -> list[str]:
         """Layers no rank has called so far."""
-        known = set(self._layout.layers) if self._layout else set()
+        known = {*(self._layout.layers if self._layout else ()), *self.tap.partial}
         return [layer.name for layer in self.layers if layer.name not in known]
 
     def start(self) -> None:
@@ -59,10 +59,15 @@ class Recorder:
         self.tap.empty()
         self.norms.empty()
 
-    def add_norms(self, parameters: Iterable[nn.Parameter], factor: float | Tensor = 1.0) -> None:
-        """Take the gradient norms of ``parameters``, which are about to be stepped."""
-        if "gradient_norm" in self.stats and self.fault is None:
-            self.norms.add(parameters, factor)
+    def add_norms(self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0) -> None:
+        """Take the gradient norms, times ``factor()``, of ``parameters``, which are about to be stepped.
+
+        Can be a collective: every rank has to call it, failed or not.
+        """
+        if "gradient_norm" in self.stats:
+            gradients = whole_gradients(parameters)
+            if self.fault is None:
+                self.norms.add(gradients, factor())
 
     def fail(self, where: str, error: BaseException) -> None:
         """Remember the first thing that went wrong."""

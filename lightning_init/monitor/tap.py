@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.moments import Moments, merge, observe, scale
 from lightning_init.monitor.layers import Layer
-from lightning_init.monitor.outputs import UnitRule, first_floating, unit_dim, unit_rule
+from lightning_init.monitor.outputs import first_floating
+from lightning_init.monitor.shards import Share, local_part
+from lightning_init.monitor.units import UnitFinder
 
 
 @dataclass(slots=True)
@@ -29,18 +32,11 @@ class Record:
     gradients: Moments | None = None
 
 
-@dataclass(slots=True)
-class _Seen:
-    """An output of this batch: whose it is and where its units are. Does not keep the tensor alive."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    layer: Layer
-    units: UnitRule
-
-
 class Tap:
     """Hooks on layers, the records they fill, and the two switches that say what counts.
+
+    ``partial`` names layers whose outputs or gradients were sums that ranks have not made, ``strays`` counts
+    gradients of a backward pass that nobody announced.
 
     Args:
         layers: where to listen.
@@ -61,27 +57,28 @@ class Tap:
         self.forward_counts: Callable[[], bool] = lambda: False
         self.gradient_factor: float | Tensor | None = None
         self.strays = 0
+        self.partial: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
-        self._seen: dict[int, _Seen] = {}
-        self._latest: _Seen | None = None
+        self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
-        self._rules: dict[str, UnitRule] = {}
 
     def attach(self, forward_counts: Callable[[], bool] = lambda: True) -> None:
         """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
         self.detach()
         self.forward_counts = forward_counts
-        self._handles = [layer.module.register_forward_hook(_ForwardHook(self, layer)) for layer in self.layers]
+        for layer in self.layers:
+            self._handles.append(layer.module.register_forward_hook(_ForwardHook(self, layer)))
+            if any(isinstance(parameter, DTensor) for parameter in layer.module.parameters(recurse=False)):
+                self._handles.append(layer.module.register_forward_pre_hook(_WeightsHook(self, layer)))
 
     def detach(self) -> None:
         """Take every hook off. What was recorded stays."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._seen.clear()
         self._bases.clear()
-        self._latest = None
+        self._units.forget()
         self.gradient_factor = None
 
     @property
@@ -94,13 +91,17 @@ class Tap:
         records, self.records, self.strays = self.records, {}, 0
         return records
 
+    def saw_weights(self, layer: Layer) -> None:
+        """A layer whose weights are spread over ranks is about to be called."""
+        self._units.see_weights(layer)
+
     def saw_output(self, layer: Layer, args: Any, output: Any) -> None:
         """One call of a layer has returned ``output``."""
         recomputed = in_backward_pass()
         if not (recomputed or self.forward_counts()):
             return
         tensor = first_floating(output)
-        if tensor is None or self._is_output_of_child(layer, tensor):
+        if tensor is None or self._units.is_output_of_child(layer, tensor):
             return
         if not recomputed:
             self._count(layer, args, tensor)
@@ -113,7 +114,11 @@ class Tap:
         if factor is None:
             self.strays += 1  # torch.autograd.grad inside the forward pass, or a backward nobody announced
             return
-        moments = scale(observe(gradient), factor)
+        values = local_part(gradient)
+        if values is None:
+            self.partial.setdefault(layer.name)
+            return
+        moments = scale(observe(values), factor)
         record = self.records.setdefault(layer.name, Record())
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
@@ -122,33 +127,14 @@ class Tap:
         self._on_fault(layer.name, error)
 
     def _count(self, layer: Layer, args: Any, tensor: Tensor) -> None:
-        rule = self._unit_rule(layer, args)
-        dim = unit_dim(tensor.shape, rule) if tensor.dim() else None
-        moments = observe(tensor, dim)
+        dim, share = self._units.find(layer, args, tensor)
+        values = local_part(tensor)
+        if values is None:
+            self.partial.setdefault(layer.name)
+            return
+        moments = _placed(observe(values, dim), share)
         outputs = self.records.setdefault(layer.name, Record()).outputs
-        units = moments.sums.numel()
-        outputs[units] = merge(outputs[units], moments) if units in outputs else moments
-        found = UnitRule(units, -1 if dim is None else dim - tensor.dim())
-        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, found)
-
-    def _unit_rule(self, layer: Layer, args: Any) -> UnitRule:
-        rule = self._rules.get(layer.name)
-        if rule is None:  # now, not earlier: a lazy module knows its sizes only after its first call
-            rule = self._rules[layer.name] = unit_rule(layer.module)
-        if rule.units is not None:
-            return rule
-        source = first_floating(args)  # an activation's units are those of the layer it follows
-        before = (self._lookup(source) if source is not None else None) or self._latest
-        return before.units if before and layer.activation else rule
-
-    def _lookup(self, tensor: Tensor) -> _Seen | None:
-        seen = self._seen.get(id(tensor))
-        return seen if seen is not None and seen.tensor() is tensor else None
-
-    def _is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
-        seen = self._lookup(tensor)
-        unchanged = seen is not None and seen.version == tensor._version
-        return unchanged and seen is not None and seen.layer.name.startswith(f"{layer.name}.")
+        outputs[share.total] = merge(outputs[share.total], moments) if share.total in outputs else moments
 
     def _listen(self, layer: Layer, tensor: Tensor) -> None:
         """Hook the gradient of ``tensor``.
@@ -164,6 +150,15 @@ class Tap:
                 self._bases[id(base)] = weakref.ref(base)
                 tensor = base
         tensor.register_hook(_GradientHook(self, layer))  # type: ignore[no-untyped-call]
+
+
+def _placed(moments: Moments, share: Share) -> Moments:
+    """Moments of some units, as moments of all: the others are other ranks' and zero here."""
+    if share.held == share.total:
+        return moments
+    sums = moments.sums.new_zeros(share.total)
+    sums[share.offset : share.offset + share.held] = moments.sums
+    return moments._replace(sums=sums)
 
 
 class _Hook:
@@ -187,6 +182,16 @@ class _ForwardHook(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         try:
             self.tap.saw_output(self.layer, args, output)
+        except Exception as error:
+            self.tap.fault(self.layer, error)
+
+
+class _WeightsHook(_Hook):
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        try:
+            self.tap.saw_weights(self.layer)
         except Exception as error:
             self.tap.fault(self.layer, error)
 

@@ -1,0 +1,94 @@
+"""Which dimension of an output holds its units, and which of all units they are."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lightning_init.monitor.layers import Layer
+from lightning_init.monitor.outputs import UnitRule, first_floating, unit_dim, unit_rule
+from lightning_init.monitor.shards import Share, share_by_weights, share_of
+
+
+@dataclass(slots=True)
+class _Seen:
+    """An output of this batch: whose it is and where its units are. Does not keep the tensor alive."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    layer: Layer
+    rule: UnitRule
+    share: Share
+
+
+class UnitFinder:
+    """Knows the units of every output, from the layer's parameters or from the layer before.
+
+    An activation has the units of the layer whose very tensor it was given, else of the layer that ran before it.
+    """
+
+    def __init__(self) -> None:
+        self._rules: dict[str, UnitRule] = {}
+        self._weights: dict[str, Share | None] = {}
+        self._seen: dict[int, _Seen] = {}
+        self._latest: _Seen | None = None
+
+    def forget(self) -> None:
+        """The outputs of this batch are gone."""
+        self._seen.clear()
+        self._latest = None
+
+    def see_weights(self, layer: Layer) -> None:
+        """Look at weights that are spread over ranks, when the forward pass is about to use them."""
+        units = self._rule(layer).units
+        self._weights[layer.name] = share_by_weights(layer.module, units) if units else None
+
+    def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, Share]:
+        """The dimension of the units of ``tensor``, None for a scalar, and which units they are; remembered."""
+        if tensor.dim() == 0:
+            dim, share = None, Share(1, 0, 1)
+        else:
+            dim, share = self._find(layer, args, tensor)
+        rule = UnitRule(share.total, -1 if dim is None else dim - tensor.dim())
+        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, rule, share)
+        return dim, share
+
+    def is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
+        """Whether a layer inside ``layer`` has returned this very tensor, unchanged since."""
+        seen = self._lookup(tensor)
+        if seen is None or seen.version != tensor._version:
+            return False
+        return seen.layer.name.startswith(f"{layer.name}.")
+
+    def _find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int, Share]:
+        rule, before = self._rule(layer), None
+        if rule.units is None and layer.activation and (before := self._predecessor(args)):
+            rule = before.rule
+        if isinstance(tensor, DTensor):  # has all units, wherever they are
+            dim = unit_dim(tensor.shape, rule)
+            return dim, share_of(tensor, dim)
+        share = before.share if before else self._weights.get(layer.name)
+        if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
+            dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
+            if tensor.shape[dim] == share.held:
+                return dim, share
+        dim = unit_dim(tensor.shape, rule)
+        return dim, Share(tensor.shape[dim], 0, tensor.shape[dim])
+
+    def _rule(self, layer: Layer) -> UnitRule:
+        rule = self._rules.get(layer.name)
+        if rule is None:  # now, not earlier: a lazy module knows its sizes only when it is called
+            rule = self._rules[layer.name] = unit_rule(layer.module)
+        return rule
+
+    def _predecessor(self, args: Any) -> _Seen | None:
+        source = first_floating(args)
+        return (self._lookup(source) if source is not None else None) or self._latest
+
+    def _lookup(self, tensor: Tensor) -> _Seen | None:
+        seen = self._seen.get(id(tensor))
+        return seen if seen is not None and seen.tensor() is tensor else None
