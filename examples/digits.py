@@ -68,7 +68,7 @@ class Digits(LightningDataModule):
     Pixels are scaled to 0 … 1. ``batch_size`` counts the samples of one process.
     """
 
-    def __init__(self, batch_size: int = 32, split_seed: int = 1) -> None:
+    def __init__(self, batch_size: int = 32, split_seed: int = 3) -> None:
         super().__init__()
         self.batch_size = batch_size
         self.split_seed = split_seed
