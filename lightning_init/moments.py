@@ -9,6 +9,7 @@ under- or overflow when squared. (In float32 the same sums return 0 at mean 100,
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,16 @@ _BLOCK = 1 << 17
 """Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and not in the peak."""
 _BLOCK_OF_ACCELERATORS = 1 << 22
 """The same where every block costs three kernel launches."""
+
+_WORTH_IT = 1 << 14
+"""Elements from which float32 sums, with their check, cost less than float64 copies."""
+_DOT = 1 << 15
+"""Elements of one float32 dot product. Equal addends are its worst case, rounding every partial sum the same way:
+4e-6 of the result at this length, 2e-5 at four times this; random ones, 1e-7."""
+_LEAST_SQUARE = 1e-37
+"""A mean square above which a float32 sum of squares has lost nothing to underflow: what it may lose is 1e-45 each."""
+_LEAST_SIGNAL = 0.125
+"""Share of Σx² that has to remain when the units' means are taken out. Below it, cancellation makes rounding count."""
 
 
 class Moments(NamedTuple):
@@ -53,14 +64,18 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
     values = values.detach()
     if values.device.type == "mps":
         values = values.cpu()  # Apple's GPUs have no float64
-    blocks = _as_blocks(values, unit_dim)  # [outer, units, inner]
-    limit = _BLOCK if values.device.type == "cpu" else _BLOCK_OF_ACCELERATORS
-    if values.numel() <= limit:
-        return _observe_block(blocks)
-    _, units, inner = blocks.shape
-    step = min(inner, max(1, limit // units))
-    rows = torch.split(blocks, max(1, limit // (units * step)))
-    return functools.reduce(merge, (_observe_block(part) for row in rows for part in torch.split(row, step, dim=2)))
+    blocks = _as_blocks(values, unit_dim)
+    fast = values.dtype == torch.float32 and values.device.type == "cpu" and values.numel() >= _WORTH_IT
+    return (_in_float32(blocks) if fast else None) or _in_float64(blocks)
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Σx² alone, [] float64: half the work of :func:`observe`, with the same care."""
+    if values.dtype == torch.float32 and values.device.type == "cpu" and values.numel() >= _WORTH_IT:
+        total = _dot(values.detach().reshape(-1))
+        if _LEAST_SQUARE * values.numel() < total < math.inf:
+            return torch.tensor(total, dtype=torch.float64, device="cpu")
+    return observe(values).squares
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -98,6 +113,50 @@ def signal_variance(moments: Moments) -> Tensor:
     per_unit = moments.n / max(1, moments.sums.numel())
     between = (moments.sums**2).sum() / per_unit if per_unit else moments.squares.new_tensor(torch.nan)
     return ((moments.squares - between) / (moments.n or 1)).clamp_min(0)
+
+
+def _in_float32(blocks: Tensor) -> Moments | None:
+    """Sums without a copy, three to eight times as fast; None if they cannot be trusted.
+
+    They are checked, so this decides on the host: only for the CPU, where that waits for nothing.
+    """
+    if not blocks.is_contiguous():
+        return None
+    outer, units, inner = blocks.shape
+    count, total = outer * units * inner, 0.0
+    sums = []
+    for block in torch.split(blocks, max(1, _BLOCK // (units * inner))) if count > _BLOCK else (blocks,):
+        sums.append(block.sum(2).sum(0) if inner > 1 else block.view(-1, units).sum(0))
+        total += _dot(block.view(-1))  # finds the block in the cache
+    sums_of_units = torch.stack(sums).sum(0, dtype=torch.float64) if len(sums) > 1 else sums[0].double()
+    signal = total - _host(torch.dot(sums_of_units, sums_of_units)) * units / count
+    if _LEAST_SQUARE * count < total < math.inf and signal > _LEAST_SIGNAL * total:
+        return Moments(count, sums_of_units, sums_of_units.new_tensor(total))
+    return None
+
+
+def _dot(flat: Tensor) -> float:
+    """Σx² of float32 numbers on the CPU, by dot products."""
+    return sum(_host(torch.dot(part, part)) for part in (flat.split(_DOT) if len(flat) > _DOT else (flat,)))
+
+
+def _host(scalar: Tensor) -> float:
+    """A number that is on the host already: its memory is read, nothing is launched and nothing copied."""
+    return float(scalar.numpy())
+
+
+def _in_float64(blocks: Tensor) -> Moments:
+    """Sums over float64 copies of a cache's size: nothing can go wrong."""
+    outer, units, inner = blocks.shape
+    sums = torch.zeros(units, dtype=torch.float64, device=blocks.device)
+    squares = torch.zeros((), dtype=torch.float64, device=blocks.device)
+    limit = _BLOCK if blocks.device.type == "cpu" else _BLOCK_OF_ACCELERATORS
+    for block in torch.split(blocks, max(1, limit // max(1, units * inner))) if blocks.numel() else ():
+        copy = block.to(torch.float64, memory_format=torch.contiguous_format)
+        sums += copy.sum((0, 2)) if inner > 1 else copy.sum(0).squeeze(1)
+        flat = copy.view(-1)
+        squares += torch.dot(flat, flat)
+    return Moments(outer * units * inner, sums, squares)
 
 
 def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
