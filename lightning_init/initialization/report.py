@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -127,17 +128,18 @@ class InitReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Ten lines at most, grouped by module type, rule and scheme."""
         groups = _grouped(self.entries)
-        table = Table(title=self.title, title_justify="left", title_style="bold")
-        for column in ("module", "rule", "scheme"):
-            table.add_column(column)
-        for column in ("parameters", "gain", "target std", "measured std"):
-            table.add_column(column, justify="right")
+        table = Table(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        table.collapse_padding = True  # 80 columns are few
+        table.add_column("module", no_wrap=True)
+        table.add_column("drawn from")
+        for column in ("count", "gain", "target std", "measured std"):
+            table.add_column(column, justify="right", no_wrap=True)
         shown = groups if len(groups) <= LINES else groups[: LINES - 1]
         for group in shown:
             table.add_row(*_group_row(group))
         if len(shown) < len(groups):
             rest = [entry for group in groups[len(shown) :] for entry in group]
-            table.add_row(f"… {len(groups) - len(shown)} more groups", "", "", str(len(rest)), "", "", "")
+            table.add_row(f"… {len(groups) - len(shown)} more groups", "", str(len(rest)), "", "", "")
         yield table
         advice = sorted({entry.advice for entry in self.entries if entry.advice})
         if advice:
@@ -179,19 +181,21 @@ def _kind_of_reason(entry: Entry) -> str:
 
 def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
     first = group[0]
-    what = first.scheme or f"left alone: {first.reason}"
-    gain = "" if first.gain is None else f"{first.gain:.4g}"
+    what = f"left alone: {_kind_of_reason(first)}" if first.reason else first.scheme
+    if first.rule not in ("", "scheme"):
+        what += f" ({first.rule})"
+    gain = "" if first.gain is None else f"{first.gain:.3g}"
     targets = [entry.target_std for entry in group if entry.target_std is not None]
     measured = [entry.measured_std for entry in group if entry.measured_std is not None]
-    return first.module_type, first.rule, what, str(len(group)), gain, _span(targets), _span(measured)
+    return first.module_type, what, str(len(group)), gain, _span(targets), _span(measured)
 
 
 def _span(values: Sequence[float]) -> str:
     """One number, or the smallest and the largest."""
     if not values:
         return ""
-    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
-    return low if low == high else f"{low} … {high}"
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low}…{high}"
 
 
 def _markdown_row(entry: Entry) -> str:
