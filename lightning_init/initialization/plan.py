@@ -78,7 +78,7 @@ def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
     found = list(places(model))
-    request.check_all_used([name for place in found for name in (place.name, place.target)])
+    request.check_all_used(list(dict.fromkeys(name for place in found for name in (place.name, place.target))))
     by_parameter: dict[int, list[Place]] = defaultdict(list)
     by_target: dict[str, list[Place]] = defaultdict(list)
     for place in found:
@@ -90,17 +90,19 @@ def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
 def _assign(place: Place, ties: list[Place], parts: list[Place], request: Request) -> Assignment:
     """Decide for one parameter; the reasons to leave it alone come first."""
     role = _role(place, ties)
-    rule = request.rule_for(*(name for tie in ties for name in (tie.name, tie.target)))
+    rule = request.rule_for(*(name for other in (*ties, *parts) for name in (other.name, other.target)))
     kind = type_name(place.module)
     reason = _reason_to_leave(place, ties, parts, role, rule)
     if reason:
         advice = _registration(place) if reason == UNKNOWN else ""
         return Assignment(place, kind, rule.pattern if rule else "", role=role, reason=reason, advice=advice)
     scheme, why, gain = _choose(place, ties, role, rule, request)
-    values = _values(scheme, role, gain, place)
-    if why == "bias" and role is not None and role.bias_values and scheme == Constant(0.0):
-        values = tuple(Constant(value) for value in role.bias_values)
-    return Assignment(place, kind, why, values, name_of(scheme) + _through(place), gain, role)
+    values, text = _values(scheme, role, gain, place), name_of(scheme) + _through(place)
+    if role is not None and role.bias_values and why == "bias" and scheme == Constant(0.0) and request.bias is None:
+        own = dict(zip(role.slices, role.bias_values, strict=True))
+        values = tuple(map(Constant, own.values()))
+        text += "".join(f", {name} {value:g}" for name, value in own.items() if value)
+    return Assignment(place, kind, why, values, text, gain, role)
 
 
 def _through(place: Place) -> str:
@@ -123,8 +125,9 @@ def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: 
         return "kept by rule"
     if place is not owner:
         return f"tied to {owner.target}"
-    if not parameter.requires_grad:
-        return "frozen"
+    frozen = next((part for part in (place, *parts) if not part.parameter.requires_grad), None)
+    if frozen is not None:
+        return "frozen" if frozen is place else f"frozen together with {frozen.name}"
     if parts[0] is not place:
         return f"written together with {parts[0].name}"
     if role is not None and role.kind == "keep":
@@ -183,10 +186,10 @@ def _choose(
     gain = scheme.gain if gain is None else gain
     if rule is not None and rule.is_literal and (role is None or role.kind != "weight"):
         if not isinstance(scheme, (Distribution, TorchDefault)):
-            kind = role.kind if role else "parameter of unknown type"
+            assert role is not None  # what is unknown is left alone unless a distribution is given
             raise ValueError(
-                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {place.name!r}, a {kind} without fans; "
-                "give it Normal(std), Uniform(low, high), Constant(value) or 'keep'"
+                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {place.name!r}, but only weights have fans "
+                f"and its role is {role.kind!r}: give it Normal(std), Uniform(low, high), Constant(value) or 'keep'"
             )
         return scheme, rule.pattern, gain
     assert role is not None
