@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_init import InitCallback, Rule, initialize
+from lightning_init.initialization.draw import BLOCK, Block
 from tests.distributed.harness import run_ranks
 from tests.models import AllKinds, DigitsModule, LateModule, ShardedModule, mlp
 from tests.trainers import make_ddp_trainer, make_fsdp2_trainer, make_trainer
@@ -119,8 +120,8 @@ def test_fsdp1(expected: Weights) -> None:
         assert_same(weights, expected)
 
 
-def placed(shape: tuple[int, int], dim: int) -> tuple[torch.Tensor, list[str]]:
-    """A Linear's weight sharded along ``dim``, and the blocks this rank drew for it."""
+def placed(shape: tuple[int, int], dim: int) -> torch.Tensor:
+    """A Linear's weight, initialised while sharded along ``dim``."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_module, distribute_tensor
 
@@ -142,6 +143,26 @@ def test_any_dimension_may_be_sharded_unevenly(shape: tuple[int, int], dim: int)
     initialize(layer, "he_normal", seed=SEED)
     for weight in run_ranks(placed, 2, shape, dim):
         assert torch.equal(weight, layer[0].weight)
+
+
+def blocks_drawn(dim: int) -> list[int]:
+    drawn = []
+    draw = Block.draw
+
+    def counted(block: Block, *args: Any) -> torch.Tensor:
+        if len(block) == BLOCK:  # shorter ones are drawn to compare streams between ranks
+            drawn.append(block.number)
+        return draw(block, *args)
+
+    Block.draw = counted  # type: ignore[method-assign]
+    placed((4 * BLOCK // 64, 64), dim)
+    return sorted(drawn)
+
+
+def test_a_rank_draws_the_blocks_of_its_rows_only() -> None:
+    assert run_ranks(blocks_drawn, 2, 0) == [[0, 1], [2, 3]]
+    assert run_ranks(blocks_drawn, 3, 0) == [[0, 1], [1, 2], [2, 3]]
+    assert run_ranks(blocks_drawn, 2, 1) == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_the_order_of_registration_does_not_matter(expected: Weights) -> None:
