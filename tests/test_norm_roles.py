@@ -83,6 +83,18 @@ class CountingNorm(nn.Module):
         return self.weight * (x - self.mean) + self.bias
 
 
+class OuterNorm(nn.Module):
+    """Keeps its statistics in another module."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(units))
+        self.inner = nn.BatchNorm1d(units, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * self.inner(x)
+
+
 class UncallableNorm(LlamaRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         raise RuntimeError("needs a kernel this machine does not have")
@@ -105,6 +117,7 @@ NORMS = [
     (lambda: LayerNorm2d(6), 1.0),
     (lambda: ZeroCentredLayerNorm2d(6), 0.0),
     (lambda: CountingNorm(6), 1.0),
+    (lambda: OuterNorm(6), 1.0),
     (lambda: UncallableNorm(6), 1.0),
     (lambda: nn.LayerNorm(6), 1.0),
     (lambda: nn.BatchNorm1d(6), 1.0),
@@ -138,7 +151,7 @@ def test_a_bias_starts_at_zero_and_says_so() -> None:
 
 
 def test_looking_leaves_no_trace() -> None:
-    for module in (CountingNorm(6), LlamaRMSNorm(6)):
+    for module in (CountingNorm(6), OuterNorm(6), LlamaRMSNorm(6)):
         module.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
         before, attributes = copy.deepcopy(module.state_dict()), dict(module.__dict__)
         random_state = torch.get_rng_state()

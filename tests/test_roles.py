@@ -54,6 +54,9 @@ def test_every_form_of_a_role() -> None:
     assert kind_of("offset") == "bias"
     register(Experts, "offset", "norm")
     assert kind_of("offset") == "norm"
+    norm = role_of(Experts(), "offset")
+    assert norm is not None
+    assert norm.default == Constant(1.0)
     register(Experts, "offset", "keep")
     assert kind_of("offset") == "keep"
 
