@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
 from tests.distributed.harness import run_ranks
-from tests.models import DigitsMLP, digits, mlp
+from tests.models import DigitsMLP, digits
 from tests.oracle import BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.trainers import make_ddp_trainer
 
@@ -158,39 +158,3 @@ def test_ranks_whose_layouts_differ() -> None:
         expected = expected_tags(slow, batches, accumulation=1, loss=loss, rectifiers=["act"])
         assert_tags_close(actual, expected)
         assert ("activation_variance/network.extra" in actual) == (step >= 2)
-
-
-def collectives_of_a_fit(depth: int) -> list[list[str]]:
-    """The collectives a monitored fit does beyond a plain one, by step."""
-    calls: list[list[str]] = []
-    patch = pytest.MonkeyPatch()
-    for name in ("all_reduce", "all_gather_object", "all_gather", "barrier", "broadcast"):
-        original = getattr(dist, name)
-
-        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
-            calls[-1].append(name)
-            return original(*args, **kwargs)
-
-        patch.setattr(dist, name, counted)
-
-    class Steps(ActivationVarianceMonitor):
-        def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
-            calls.append([])
-            super().on_train_batch_start(*args, **kwargs)
-
-    torch.manual_seed(0)
-    calls.append([])
-    monitor = Steps(2)
-    trainer = make_ddp_trainer(max_steps=5, callbacks=[monitor], logger=MemoryLogger())
-    trainer.fit(BatchModule(mlp(4, depth), [(torch.randn(4, 64), torch.zeros(4, dtype=torch.int64))] * 5))
-    return [[name for name in step if name != "broadcast"] for step in calls[1:]]
-
-
-@pytest.mark.parametrize("depth", [5, 500])
-def test_one_collective_a_logged_step(depth: int) -> None:
-    """Ten or a thousand layers; Lightning itself broadcasts a signal flag before every batch."""
-    first, *others = run_ranks(collectives_of_a_fit, 2, depth)[0]
-    assert first.count("all_reduce") == 1
-    assert first.count("all_gather_object") == 1
-    assert others[0] == others[2] == []
-    assert others[1] == others[3][:1] == ["all_reduce"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lightning_init.callbacks.monitor import ActivationVarianceMonitor
 from tests.distributed.harness import run_ranks
-from tests.models import conv_net, digits, mlp
+from tests.models import digits, mlp
 from tests.oracle import Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.trainers import make_ddp_trainer
 

@@ -1,0 +1,107 @@
+"""What a logged step costs beyond arithmetic: copies to the host, memory, hooks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_init.monitor.layers import find_layers
+from lightning_init.monitor.recorder import Recorder
+from lightning_init.monitor.stats import DEFAULT_STATS
+from tests.models import conv_net, mlp
+
+CPU = torch.device("cpu")
+READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__format__"}
+
+
+class PythonReads(TorchFunctionMode):
+    """Counts what makes Python wait for a device. On a CPU nothing waits, but the calls are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") in READS:
+            self.counts[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchedReads(TorchDispatchMode):
+    """Counts the reads that PyTorch makes by itself: of one scalar, of a mask's length."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.partition("::")[2]
+        if name in self.NAMES:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def step(recorder: Recorder, network: nn.Module, x: Tensor) -> None:
+    recorder.start()
+    recorder.tap.attach()
+    loss = network(x).square().mean()
+    recorder.tap.gradient_factor = 1.0
+    loss.backward()
+    recorder.tap.detach()
+    recorder.add_norms(network.parameters())
+    assert recorder.exchange() is not None
+    network.zero_grad()
+
+
+@pytest.mark.parametrize("depth", [5, 500])
+def test_one_copy_to_the_host_a_step(depth: int) -> None:
+    """Ten layers or a thousand. The accelerator's way of summing, which has no host decision, is taken here too."""
+    network = mlp(4, depth)
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    assert len(recorder.layers) == 2 * depth + 1
+    for _ in range(2):
+        with PythonReads() as python, DispatchedReads() as dispatched:
+            step(recorder, network, torch.randn(3, 64))
+        assert python.counts == {"tolist": 1}
+        assert dispatched.counts == {}
+
+
+def peak(run: Callable[[], object], folder: Path) -> int:
+    """The most memory that PyTorch had on the CPU at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_no_activation_lives_longer(kind: str, tmp_path: Path) -> None:
+    """The peak is within 1 % of the unmonitored one and the moments: nothing is kept, no copy is large."""
+    torch.manual_seed(0)
+    network = mlp(256, 12) if kind == "mlp" else conv_net(16, 6)
+    x = torch.randn(2048, 64)
+
+    def plain() -> None:
+        network(x).square().mean().backward()
+        network.zero_grad()
+
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    moments = 8 * 4 * sum(256 + 8 for _ in recorder.layers)  # float64, and three temporary copies of them
+    plain()
+    step(recorder, network, x)
+    without, with_it = peak(plain, tmp_path), peak(lambda: step(recorder, network, x), tmp_path)
+    assert without > 10_000_000
+    assert with_it <= 1.01 * without + moments
