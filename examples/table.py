@@ -32,6 +32,8 @@ LEGEND = (
 def comparison(runs: list[Run], accuracies: list[float]) -> RenderableType:
     """One row per layer with parameters; per run the signal, the variance and the gradient."""
     layers = runs[0].layers("gradient_norm")
+    if not layers:
+        raise ValueError(f"{runs[0].directory} has no gradient_norm: did the monitor run?")
     names = Table(box=None, padding=(0, 1, 0, 0), title=" \n ")
     names.add_column("layer\n  step")
     for layer in layers:
