@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_init import Rule, plan
 from lightning_init.initialization import roles
 from lightning_init.initialization.distributions import Constant, Normal
 from lightning_init.initialization.roles import Fans, Role, fans_of, register, role_of
@@ -164,14 +165,46 @@ def test_what_has_no_fans_says_why(module: nn.Module, name: str, message: str) -
         fans_of(module, name)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 4)
+        self.other = nn.Linear(3, 4)
+
+
+def test_a_module_may_say_what_its_inner_modules_parameters_are() -> None:
+    """Dots lead inside, wrappers or not; a glob reaches no further than it says."""
+    register(Gated, "gate.bias", "keep")
+    register(Gated, "gate.weight", Fans(6, 4))
+    model = nn.Sequential(Gated(), nn.Linear(3, 4))
+    for built in (model, torch.compile(model, backend="eager")):
+        plans = {step.name: step for step in plan(built)}  # type: ignore[arg-type]
+        assert plans["0.gate.bias"].reason == "kept: registered so"
+        assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)  # type: ignore[arg-type]
+        assert plans["0.other.bias"].scheme == plans["1.bias"].scheme == "zeros"
+        assert plans["0.other.weight"].fans == plans["1.weight"].fans == (3, 4)
+    register(nn.Sequential, "*.gate.bias", "bias")  # the outermost knows best
+    assert {step.name: step for step in plan(model)}["0.gate.bias"].scheme == "zeros"
+    register(Gated, "*", "keep")
+    assert {step.name: step for step in plan(model)}["0.other.bias"].scheme == "zeros"
+
+
+def test_what_is_registered_to_be_kept_yields_to_a_rule_that_says_everything() -> None:
+    register(Gated, "gate.bias", "keep")
+    (step,) = [step for step in plan(Gated(), rules=[Rule("gate.bias", "ones")]) if step.name == "gate.bias"]
+    assert (step.rule, step.scheme) == ("gate.bias", "ones")
+    (step,) = [step for step in plan(Gated(), rules=[Rule("gate.*", "ones")]) if step.name == "gate.bias"]
+    assert step.reason == "kept: registered so"
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ((int, "a", "keep"), TypeError, "a subclass of nn.Module or its qualified name, got <class 'int'>"),
         ((Experts(), "a", "keep"), TypeError, "a subclass of nn.Module or its qualified name, got Experts"),
         (("Experts", "a", "keep"), ValueError, "'package.module.Class', got 'Experts'"),
-        ((Experts, "", "keep"), ValueError, "a parameter's name in its own module, got ''"),
-        ((Experts, "a.b", "keep"), ValueError, "a parameter's name in its own module, got 'a.b'"),
+        ((Experts, "", "keep"), ValueError, "a parameter's name as the module's own code has it, got ''"),
+        ((Experts, "a..b", "keep"), ValueError, "a parameter's name as the module's own code has it, got 'a..b'"),
         ((Experts, "a", (3, 4)), TypeError, r"a role is Fans\(fan_in, fan_out\), 'bias', .*; got \(3, 4\)"),
         ((Experts, "a", Fans(0, 4)), ValueError, r"Fans\(fan_in\) must be a finite number above 0, got 0"),
         ((Experts, "a", Fans(3, -4)), ValueError, r"Fans\(fan_out\) must be a finite number above 0, got -4"),

@@ -143,6 +143,8 @@ EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: filled(nn.Linear(4, 32), bias=RAMP),
      r"bias \(-1 … 1\) is no longer what its module drew, uniform within ±0.5"),
     (lambda: filled(nn.Linear(4, 32), bias=0.1 * RAMP), r"bias .* within ±0.5"),
+    # One element is no constant.
+    (lambda: filled(nn.Linear(2000, 1), weight=1.01 * nn.Linear(2000, 1).weight), r"weight .* ±0.0223607"),
     (lambda: filled(nn.LSTM(4, 32), bias_ih_l0=RAMP.repeat(4)), r"bias_ih_l0 .* within ±0.176777"),
     (lambda: filled(nn.Embedding(32, 64), weight=RAMP[:, None] * torch.randn(32, 64)), r"weight: its rows differ .*"),
     (lambda: filled(nn.Linear(32, 64, bias=False), weight=RAMP * torch.randn(64, 32)), r"weight: its input columns .*"),
@@ -160,6 +162,9 @@ NO_EVIDENCE: list[Callable[[], nn.Module]] = [
     lambda: filled(nn.BatchNorm2d(32), weight=RAMP),
     lambda: filled(nn.Linear(4, 32), weight=torch.zeros(32, 4), bias=RAMP),
     lambda: filled(nn.Linear(4, 32), bias=1e-6 * RAMP),
+    lambda: filled(nn.MultiheadAttention(32, 2), in_proj_bias=1e-6 * RAMP.repeat(3)),
+    # As flat as a uniform draw and without its edges, but of another size than torch's.
+    lambda: filled(nn.Linear(64, 256, bias=False), weight=nn.init.trunc_normal_(torch.empty(256, 64), 0, 1, -1, 1)),
     lambda: filled(nn.LSTM(4, 32), bias_ih_l0=torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(32)),
     # Outputs may differ: gates of different sizes are packed in one matrix.
     lambda: filled(nn.Linear(32, 64, bias=False), weight=torch.cat([torch.randn(32, 32), 1e-3 * torch.randn(32, 32)])),

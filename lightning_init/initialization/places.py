@@ -26,6 +26,7 @@ class Place:
         module: the owner of that attribute.
         attribute: its name there (``weight``).
         parameter: the registered parameter.
+        outer: the modules around the owner, outermost first, each with the target's name as seen from there.
         via: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
             by hooks); ``recomputed`` (pruning and the older spectral_norm: the forward pass recomputes it from here).
     """
@@ -35,6 +36,7 @@ class Place:
     module: nn.Module
     attribute: str
     parameter: Tensor
+    outer: tuple[tuple[nn.Module, str], ...] = ()
     via: Via = "itself"
 
     @property
@@ -57,7 +59,8 @@ def places(model: nn.Module) -> Iterator[Place]:
             yield _parametrized(model, owner_path, name, parameter)
         else:
             target, via = _behind(owner, attribute)
-            yield Place(name, _sibling(name, target), owner, target, parameter, via)
+            outer = modules_around(model, owner_path, target)
+            yield Place(name, _sibling(name, target), owner, target, parameter, outer, via)
 
 
 def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor) -> Place:
@@ -65,7 +68,19 @@ def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor
     outer, _, attribute = list_path.rpartition(".")
     owner_path = outer.removesuffix("parametrizations").removesuffix(".")
     target = clean_name(model, f"{owner_path}.{attribute}" if owner_path else attribute)
-    return Place(name, target, model.get_submodule(owner_path), attribute, parameter, "parametrization")
+    around = modules_around(model, owner_path, attribute)
+    return Place(name, target, model.get_submodule(owner_path), attribute, parameter, around, "parametrization")
+
+
+def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[tuple[nn.Module, str], ...]:
+    """The modules on the way to an owner, without itself, each with the attribute's name as seen from there."""
+    steps = owner_path.split(".") if owner_path else []
+    found = []
+    module = model
+    for i, step in enumerate(steps):
+        found.append((module, clean_name(module, ".".join([*steps[i:], attribute]))))
+        module = module.get_submodule(step)
+    return tuple(found)
 
 
 def _behind(owner: nn.Module, attribute: str) -> tuple[str, Via]:

@@ -130,10 +130,8 @@ def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: 
         return "frozen" if frozen is place else f"frozen together with {frozen.name}"
     if parts[0] is not place:
         return f"written together with {parts[0].name}"
-    if role is not None and role.kind == "keep":
-        return "kept: registered so"
-    if role is None and (rule is None or not (rule.is_literal and _is_complete(rule))):
-        return UNKNOWN
+    if (role is None or role.kind == "keep") and not (rule is not None and rule.is_literal and _is_complete(rule)):
+        return UNKNOWN if role is None else f"kept: {role.why}"
     return _why_not_through(place)
 
 
@@ -165,7 +163,7 @@ def _role(place: Place, ties: list[Place]) -> Role | None:
 
     Its padding row, which only the table knows, stays one.
     """
-    roles = [role for role in (role_of(tie.module, tie.attribute) for tie in ties) if role is not None]
+    roles = [role for role in (role_of(tie.module, tie.attribute, tie.outer) for tie in ties) if role is not None]
     weights = [role for role in roles if role.kind == "weight"]
     role = next(iter(weights or roles), None)
     padding = next((role.padding_index for role in roles if role.padding_index is not None), None)
@@ -173,7 +171,7 @@ def _role(place: Place, ties: list[Place]) -> Role | None:
 
 
 def _is_tied_head(ties: list[Place]) -> bool:
-    kinds = {role.kind for role in (role_of(tie.module, tie.attribute) for tie in ties) if role is not None}
+    kinds = {role.kind for role in (role_of(tie.module, tie.attribute, tie.outer) for tie in ties) if role is not None}
     return {"weight", "embedding"} <= kinds
 
 

@@ -28,6 +28,7 @@ class Role:
         bias_values: the bias of each slice where it is not simply 0.
         padding_index: row of an embedding that is zero after drawing.
         starts_at_zero: the module starts this parameter at exactly 0, so anything else is a sign of training.
+        why: the reason to keep, for the report.
 
     Raises:
         ValueError: the kind is not one of those above; a weight has no fans; ``groups`` is below 1;
@@ -43,6 +44,7 @@ class Role:
     bias_values: tuple[float, ...] | None = None
     padding_index: int | None = None
     starts_at_zero: bool = False
+    why: str = "registered so"
 
     def __post_init__(self) -> None:
         check_choice("Role(kind)", self.kind, get_args(Kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -14,6 +14,7 @@ from lightning_init.checks import check_positive, did_you_mean
 from lightning_init.initialization.distributions import Constant
 from lightning_init.initialization.fans import Fans, embedding_bag_fans
 from lightning_init.initialization.norm_roles import is_norm_by_name, norm_role
+from lightning_init.initialization.places import modules_around
 from lightning_init.initialization.role import KEEP, Role
 from lightning_init.initialization.torch_roles import TORCH_ROLES, Describe, torch_uniform
 
@@ -26,11 +27,12 @@ _registry: dict[type[nn.Module] | str, dict[str, Describe]] = {
 }
 
 
-def role_of(module: nn.Module, attribute: str) -> Role | None:
+def role_of(module: nn.Module, attribute: str, outer: Sequence[tuple[nn.Module, str]] = ()) -> Role | None:
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
-    and parametrized ones included. What no class knows may still be a norm by its shape and name.
+    and parametrized ones included. What no class knows may still be a norm by its shape and name. What
+    ``outer`` modules say about their inner ones comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')
@@ -38,13 +40,22 @@ def role_of(module: nn.Module, attribute: str) -> Role | None:
     parameter = module._parameters.get(attribute)
     if parameter is not None and is_lazy(parameter):
         return None
+    for owner, name in (*outer, (module, attribute)):
+        describe = _registered(owner, name)
+        if describe is not None:
+            return describe(owner, name)
+    return norm_role(module, attribute) if is_norm_by_name(module, attribute) else None
+
+
+def _registered(module: nn.Module, name: str) -> Describe | None:
+    """The entry for a parameter of the module, or of a module inside it; a glob does not reach across dots."""
     for cls in type(module).__mro__:
         for key in (cls, f"{cls.__module__}.{cls.__qualname__}"):
             # The latest entry wins where patterns overlap.
             for pattern, describe in reversed(_registry.get(key, {}).items()):
-                if fnmatchcase(attribute, pattern):
-                    return describe(module, attribute)
-    return norm_role(module, attribute) if is_norm_by_name(module, attribute) else None
+                if pattern.count(".") == name.count(".") and fnmatchcase(name, pattern):
+                    return describe
+    return None
 
 
 def register(module_type: type[nn.Module] | str, attribute: str, role: RoleLike) -> None:
@@ -53,7 +64,8 @@ def register(module_type: type[nn.Module] | str, attribute: str, role: RoleLike)
     Args:
         module_type: the class (subclasses count), or its qualified name "package.module.Class" if it need
             not be imported.
-        attribute: the parameter's name in the module, or a glob such as "expert_*".
+        attribute: the parameter's name in the module, or a glob such as "expert_*". Dots lead to inner modules:
+            "gate.bias" is about this module's ``gate``, and comes before what is known about the gate's own type.
         role: one of
 
             - ``Fans(fan_in, fan_out)``: a weight with these fans, stored (out, in, …);
@@ -77,8 +89,10 @@ def register(module_type: type[nn.Module] | str, attribute: str, role: RoleLike)
     Fans(fan_in=8, fan_out=8)
     """
     _check_module_type(module_type)
-    if not isinstance(attribute, str) or not attribute or "." in attribute:
-        raise ValueError(f"register(attribute) is a parameter's name in its own module, got {attribute!r}")
+    if not isinstance(attribute, str) or not all(attribute.split(".")):
+        raise ValueError(
+            f"register(attribute) is a parameter's name as the module's own code has it, got {attribute!r}"
+        )
     entries = _registry.setdefault(module_type, {})
     entries.pop(attribute, None)  # a new entry goes last, where it wins
     entries[attribute] = _describer(role)
@@ -112,7 +126,7 @@ def fans_of(module: nn.Module, parameter_name: str, *, bag_size: float = 1) -> F
         raise ValueError(_no_such_parameter(module, parameter_name))
     if is_lazy(parameter):
         raise ValueError(f"{parameter_name!r} is lazy and has no shape yet: run one batch through the model")
-    role = role_of(owner, attribute)
+    role = role_of(owner, attribute, modules_around(module, path, attribute))
     if role is None:
         name = type(owner).__name__
         raise ValueError(

@@ -79,7 +79,7 @@ def _parameter_signs(step: Assignment) -> Iterator[str]:
     if role.kind == "bias" and isinstance(role.default, Uniform):
         if any(_bias_has_moved(part, role.default) for part in parts):
             yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
-    elif role.kind in ("bias", "norm", "other") and isinstance(role.default, Constant):
+    elif role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
         if any(not _is_constant(part) and float(part.abs().max()) > NEXT_TO_ZERO for part in parts):
             yield f"{span} is not constant, as a fresh {type(step.place.module).__name__}'s is"
     elif role.kind == "weight" and isinstance(role.default, Uniform) and _has_left(values, role.default, step):

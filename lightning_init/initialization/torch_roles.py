@@ -140,12 +140,24 @@ def _transformers_conv1d(module: Any, attribute: str) -> Role:
     return Role("weight", default, fans, transposed=True)
 
 
+def _time_steps(module: Any, attribute: str) -> Role:
+    # softplus of this bias is spread log-uniformly over the step sizes of the state space model.
+    return Role("keep", Constant(0.0), why="its values are the time steps of a state space model")
+
+
 _LINEAR: dict[str, Describe] = {"weight": _linear_weight, "bias": _linear_bias}
 _CONV: dict[str, Describe] = {"weight": _conv, "bias": _conv}
 _CONV_TRANSPOSE: dict[str, Describe] = {"weight": _conv_transpose, "bias": _conv_transpose}
 _RECURRENT: dict[str, Describe] = {"weight_*": _recurrent_weight, "bias_*": _recurrent_bias}
 _EMBEDDING: dict[str, Describe] = {"weight": _embedding}
 _NORM: dict[str, Describe] = {"weight": norm_role, "bias": norm_role}
+
+_MAMBA_MIXERS = (
+    "mamba_ssm.modules.mamba_simple.Mamba",
+    "transformers.models.mamba.modeling_mamba.MambaMixer",
+    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer",
+    "transformers.models.jamba.modeling_jamba.JambaMambaMixer",
+)
 
 TORCH_ROLES: Mapping[type[nn.Module] | str, Mapping[str, Describe]] = {
     nn.Linear: _LINEAR,
@@ -180,5 +192,6 @@ TORCH_ROLES: Mapping[type[nn.Module] | str, Mapping[str, Describe]] = {
     nn.RMSNorm: _NORM,
     nn.PReLU: {"weight": _prelu},
     "transformers.pytorch_utils.Conv1D": {"weight": _transformers_conv1d, "bias": _zero_bias},
+    **{mixer: {"dt_proj.bias": _time_steps} for mixer in _MAMBA_MIXERS},
 }
 """Module type (or its qualified name, for a library that need not be installed) to parameter to role."""
