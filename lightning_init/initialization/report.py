@@ -130,16 +130,13 @@ class InitReport:
         groups = _grouped(self.entries)
         table = Table(title=self.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         table.collapse_padding = True  # 80 columns are few
-        table.add_column("module", no_wrap=True)
+        table.add_column("module")
         table.add_column("drawn from")
         for column in ("count", "gain", "target std", "measured std"):
             table.add_column(column, justify="right", no_wrap=True)
-        shown = groups if len(groups) <= LINES else groups[: LINES - 1]
-        for group in shown:
-            table.add_row(*_group_row(group))
-        if len(shown) < len(groups):
-            rest = [entry for group in groups[len(shown) :] for entry in group]
-            table.add_row(f"… {len(groups) - len(shown)} more groups", "", str(len(rest)), "", "", "")
+        for row in _at_most(LINES, groups):
+            # As Text, so that a pattern's [abc] is no markup; unwrapped, so that ten groups are ten lines.
+            table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
         yield table
         advice = sorted({entry.advice for entry in self.entries if entry.advice})
         if advice:
@@ -166,17 +163,28 @@ def _finite(number: float | None) -> float | None:
 
 
 def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries of one module type, rule, scheme and reason together; those left alone last, so they are seen."""
+    """Entries of one module type, rule, scheme and reason together: the largest drawn first … left alone last."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         key = (entry.module_type, entry.rule, entry.scheme, entry.gain, _kind_of_reason(entry))
         groups.setdefault(key, []).append(entry)
-    return sorted(groups.values(), key=lambda group: (not group[0].reason, -len(group)))
+    return sorted(groups.values(), key=lambda group: (1, len(group)) if group[0].reason else (0, -len(group)))
+
+
+def _at_most(lines: int, groups: Sequence[list[Entry]]) -> list[tuple[str, ...]]:
+    """A row for each group; of too many, one row for those in the middle: at both ends are the largest."""
+    if len(groups) <= lines:
+        return [_group_row(group) for group in groups]
+    first, last = lines // 2, len(groups) - (lines - 1 - lines // 2)
+    count = sum(map(len, groups[first:last]))
+    between = (f"… {last - first} more groups", "", str(count), "", "", "")
+    return [*map(_group_row, groups[:first]), between, *map(_group_row, groups[last:])]
 
 
 def _kind_of_reason(entry: Entry) -> str:
-    """The reason without the name of the one parameter it speaks of."""
-    return entry.reason.split(" to ")[0] if entry.reason.startswith("tied") else entry.reason
+    """The reason in a few words, without the name of the one parameter it speaks of."""
+    kinds = ("tied", "written together", "frozen together")
+    return next((kind for kind in kinds if entry.reason.startswith(kind)), entry.reason.split(":")[0])
 
 
 def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
