@@ -138,10 +138,13 @@ def expected_tags(
     return tags
 
 
-def assert_tags_close(actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5) -> None:
-    """Same tags, and every value within ``relative`` of what is expected."""
+def assert_tags_close(
+    actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5, absolute: float = 0.0
+) -> None:
+    """Same tags, and every value within ``relative`` (or ``absolute``) of what is expected."""
     assert set(actual) == set(expected), set(actual) ^ set(expected)
-    wrong = {t: (actual[t], e) for t, e in expected.items() if not abs(actual[t] - e) <= relative * abs(e)}
+    bounds = {tag: max(relative * abs(value), absolute) for tag, value in expected.items()}
+    wrong = {t: (actual[t], e) for t, e in expected.items() if not abs(actual[t] - e) <= bounds[t]}
     assert not wrong, f"(actual, expected): {wrong}"
 
 

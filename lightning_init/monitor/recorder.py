@@ -51,7 +51,7 @@ class Recorder:
     @property
     def silent_layers(self) -> list[str]:
         """Layers no rank has called so far."""
-        known = {*(self._layout.layers if self._layout else ()), *self.tap.partial}
+        known = {*(self._layout.layers if self._layout else ()), *self.tap.partial, *self.tap.childs}
         return [layer.name for layer in self.layers if layer.name not in known]
 
     def start(self) -> None:

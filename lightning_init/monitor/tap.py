@@ -35,8 +35,8 @@ class Record:
 class Tap:
     """Hooks on layers, the records they fill, and the two switches that say what counts.
 
-    ``partial`` names layers whose outputs or gradients were sums that ranks have not made, ``strays`` counts
-    gradients of a backward pass that nobody announced.
+    ``partial`` names layers whose outputs or gradients were sums that ranks have not made, ``childs`` those that
+    returned a child's tensor; ``strays`` counts gradients of a backward pass that nobody announced.
 
     Args:
         layers: where to listen.
@@ -58,6 +58,7 @@ class Tap:
         self.gradient_factor: float | Tensor | None = None
         self.strays = 0
         self.partial: dict[str, None] = {}
+        self.childs: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
         self._units = UnitFinder()
@@ -101,7 +102,10 @@ class Tap:
         if not (recomputed or self.forward_counts()):
             return
         tensor = first_floating(output)
-        if tensor is None or self._units.is_output_of_child(layer, tensor):
+        if tensor is None:
+            return
+        if self._units.is_output_of_child(layer, tensor):
+            self.childs.setdefault(layer.name)
             return
         if not recomputed:
             self._count(layer, args, tensor)
