@@ -208,7 +208,8 @@ def count_in(row: str) -> int:
 def test_what_is_left_alone_is_among_the_ten_rows() -> None:
     text = str(initialize(many_types()))
     assert "… 6 more groups" in text
-    assert "left alone: module type unknown" in text
+    assert rows_of(text)[0].split("  ")[0].strip() == "Unknown"
+    assert "left: type unknown" in text
     assert "To draw what is unknown: register(Unknown, 'A_log', Fans(fan_in, fan_out))" in text
 
 

@@ -134,7 +134,11 @@ class InitReport:
         table.add_column("drawn from")
         for column in ("count", "gain", "target std", "measured std"):
             table.add_column(column, justify="right", no_wrap=True)
-        for row in _at_most(LINES, groups):
+        rows = [_group_row(group) for group in groups]
+        if len(rows) > LINES:
+            count = sum(map(len, groups[LINES - 1 :]))
+            rows[LINES - 1 :] = [(f"… {len(rows) - LINES + 1} more groups", "", str(count), "", "", "")]
+        for row in rows:
             # As Text, so that a pattern's [abc] is no markup; unwrapped, so that ten groups are ten lines.
             table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
         yield table
@@ -163,33 +167,24 @@ def _finite(number: float | None) -> float | None:
 
 
 def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """Entries of one module type, rule, scheme and reason together: the largest drawn first … left alone last."""
+    """Entries of one module type, rule, scheme and reason together; those left alone first, so they are seen."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
         key = (entry.module_type, entry.rule, entry.scheme, entry.gain, _kind_of_reason(entry))
         groups.setdefault(key, []).append(entry)
-    return sorted(groups.values(), key=lambda group: (1, len(group)) if group[0].reason else (0, -len(group)))
-
-
-def _at_most(lines: int, groups: Sequence[list[Entry]]) -> list[tuple[str, ...]]:
-    """A row for each group; of too many, one row for those in the middle: at both ends are the largest."""
-    if len(groups) <= lines:
-        return [_group_row(group) for group in groups]
-    first, last = lines // 2, len(groups) - (lines - 1 - lines // 2)
-    count = sum(map(len, groups[first:last]))
-    between = (f"… {last - first} more groups", "", str(count), "", "", "")
-    return [*map(_group_row, groups[:first]), between, *map(_group_row, groups[last:])]
+    return sorted(groups.values(), key=lambda group: (not group[0].reason, -len(group)))
 
 
 def _kind_of_reason(entry: Entry) -> str:
     """The reason in a few words, without the name of the one parameter it speaks of."""
     kinds = ("tied", "written together", "frozen together")
-    return next((kind for kind in kinds if entry.reason.startswith(kind)), entry.reason.split(":")[0])
+    short = entry.reason.split(":")[0].removeprefix("module ")
+    return next((kind for kind in kinds if entry.reason.startswith(kind)), short)
 
 
 def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
     first = group[0]
-    what = f"left alone: {_kind_of_reason(first)}" if first.reason else first.scheme
+    what = f"left: {_kind_of_reason(first)}" if first.reason else first.scheme
     if first.rule not in ("", "scheme"):
         what += f" ({first.rule})"
     gain = "" if first.gain is None else f"{first.gain:.3g}"
