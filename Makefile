@@ -11,17 +11,17 @@ PYTHON ?=
 
 install: $(STAMP)
 
-# The first Python that is new enough and has venv; PYTHON=/path/to/python overrides the search.
+# The first Python with venv for which the pins exist (3.11 on); PYTHON=/path/to/python overrides the search.
 $(STAMP): pyproject.toml constraints.txt
 	@rm -f $@
 	@set -e; \
-	for python in $(PYTHON) python3.11 python3.12 python3.13 python3.10 python3; do \
-	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+	for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
+	    if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	        test -x $(BIN)/python || $$python -m venv .venv; \
 	        break; \
 	    fi; \
 	done; \
-	test -x $(BIN)/python || { echo "error: no Python >= 3.10 with venv found; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || { echo "error: no Python >= 3.11 with venv found; on Debian: apt-get install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
