@@ -185,3 +185,60 @@ def test_any_numbers_against_fractions(rows: list[list[float]], shift: float) ->
     bound = 4e-15 * float((values.double() ** 2).mean())
     assert variance(observe(values, 1)).item() == pytest.approx(pooled, rel=1e-9, abs=bound)
     assert signal_variance(observe(values, 1)).item() == pytest.approx(signal, rel=1e-9, abs=bound)
+
+
+LARGE = [
+    ((512, 64), 1),
+    ((1000, 300), -1),
+    ((5, 8, 33, 40), 1),
+    ((16, 24, 30, 31), -3),
+    ((40, 70, 50), 0),
+    ((3, 90_000), 1),
+]
+
+
+@pytest.mark.parametrize(("shape", "unit_dim"), LARGE)
+@pytest.mark.parametrize("last", [False, True])
+def test_float32_sums_equal_float64_sums(shape: tuple[int, ...], unit_dim: int, last: bool) -> None:
+    """Large tensors are summed in float32, which adds up to 2e-7 of Σx²: a dot product's rounding at random."""
+    torch.manual_seed(0)
+    values = torch.randn(shape) * 3 + 1
+    if last:
+        values = values.transpose(0, -1).contiguous().transpose(0, -1)
+    for dim in (unit_dim, None):
+        fast, slow = moments._in_float32(values, dim), moments._in_float64(values, dim)
+        assert fast is not None
+        assert fast.n == slow.n
+        assert fast.sums.shape == slow.sums.shape
+        torch.testing.assert_close(fast.sums.double(), slow.sums, rtol=0, atol=2e-7 * slow.n / len(slow.sums) * 4)
+        assert fast.squares.item() == pytest.approx(slow.squares.item(), rel=5e-7)
+        assert signal_variance(observe(values, dim)).item() == pytest.approx(signal_variance(slow).item(), rel=2e-6)
+    assert moments.sum_of_squares(values).item() == pytest.approx(slow.squares.item(), rel=5e-7)
+
+
+@pytest.mark.parametrize("factor", [1e-24, 1e-19, 1e16, 1e19])
+def test_float32_sums_leave_what_they_cannot_hold(factor: float) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(512, 64) * factor
+    assert moments._in_float32(values, 1) is None
+    expected = (values.double() ** 2).sum().item()
+    assert observe(values, 1).squares.item() == pytest.approx(expected, rel=1e-12)
+    assert moments.sum_of_squares(values).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_float32_sums_leave_what_is_not_finite(bad: float) -> None:
+    values = torch.randn(512, 64)
+    values[100, 3] = bad
+    assert moments._in_float32(values, 1) is None
+    assert not math.isfinite(moments.sum_of_squares(values).item())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 3.0, 5.0, 8.0, 1e2, 1e4])
+def test_a_bias_hides_no_signal_from_float32_sums(ratio: float) -> None:
+    """Units at different means: near the limit the float32 sums are as good, beyond it they are not used."""
+    torch.manual_seed(0)
+    values = torch.randn(2048, 64) + ratio * torch.randn(64).sign()
+    assert (moments._in_float32(values, 1) is None) == (ratio > 5.6)  # 1 / (1 + ratio²) below 1/32
+    expected = values.double().var(0, correction=0).mean().item()
+    assert signal_variance(observe(values, 1)).item() == pytest.approx(expected, rel=5e-6)
