@@ -28,7 +28,10 @@ SIGMAS = 5
 """How many standard errors are still chance."""
 
 TRUNCATED_KURTOSIS = 2.366
-"""Of a normal distribution cut at ±2 std, with a standard error of 2.2/√n; a uniform one has 1.8, and 1.15/√n."""
+"""Of a normal distribution cut at ±2 std, with a standard error of 2.2/√n; a uniform one has 1.8."""
+
+ENOUGH = 200
+"""The largest of fewer values says little about the interval they are from."""
 
 
 def signs_of_training(assignments: list[Assignment], model: nn.Module) -> list[str]:
@@ -123,18 +126,19 @@ def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
     """
     rounding, count = _rounding(values), values.numel()
     bound, largest = drawn_from.high * rounding, float(values.abs().max())
-    expected = max(0.0, count * (1 - bound * rounding**2 / largest)) if largest else 0.0
-    beyond = int((values.abs() > bound).sum())
+    if largest <= bound or count < ENOUGH:
+        return False
     spread = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
     chance = SIGMAS * drawn_from.sampling_error(count) + 0.01
+    beyond = int((values.abs() > bound).sum())
+    expected = max(0.0, count * (1 - bound * rounding**2 / largest))
     if beyond < expected - SIGMAS * math.sqrt(expected):
-        is_uniform = _kurtosis(values) < TRUNCATED_KURTOSIS - SIGMAS * 2.2 / math.sqrt(count)
-        return is_uniform and -chance < spread < 0.5
-    if largest <= bound or largest > 1.02 * bound or expected > 4 * SIGMAS**2:  # enough to tell half of it
+        is_flat = _kurtosis(values) < TRUNCATED_KURTOSIS - SIGMAS * 2.2 / math.sqrt(count)
+        return is_flat and -chance < spread < 0.5
+    if largest > 1.02 * bound or expected > 4 * SIGMAS**2:  # enough to tell half of it
         return False
-    is_uniform = _kurtosis(values) < 1.9 + SIGMAS * 1.15 / math.sqrt(count)
-    fresh = (width * (1 - 8 / count) < largest <= width * _rounding(values) for width in _usual_bounds(step))
-    return is_uniform and abs(spread) < chance and not any(fresh)
+    fresh = (width * (1 - 8 / count) < largest <= width * rounding for width in _usual_bounds(step))
+    return abs(spread) < chance and not any(fresh)
 
 
 def _usual_bounds(step: Assignment) -> Iterator[float]:
