@@ -103,16 +103,15 @@ def test_a_mesh_of_two_dimensions() -> None:
 
 def fsdp1_weights() -> Weights:
     torch.manual_seed(dist.get_rank())
-    owner = nn.Module()
-    owner.network = AllKinds()
-    owner.network.wide = FullyShardedDataParallel(owner.network.wide, device_id=torch.device("cpu"))
-    sharded = FullyShardedDataParallel(owner, device_id=torch.device("cpu"))
-    initialize(sharded, "he_normal", seed=SEED)
-    with FullyShardedDataParallel.summon_full_params(sharded):
-        weights = weights_of(sharded)
-    return {
-        name.replace("_fsdp_wrapped_module.", "").removeprefix("network."): weight for name, weight in weights.items()
-    }
+    shard = partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    owner, network = nn.Module(), AllKinds()
+    network.wide = shard(network.wide)
+    owner.network = shard(network)  # a wrapper within a wrapper within the user's module
+    initialize(owner, "he_normal", seed=SEED)
+    with FullyShardedDataParallel.summon_full_params(owner):
+        weights = weights_of(owner)
+    names = (name.replace("_fsdp_wrapped_module.", "").removeprefix("network.") for name in weights)
+    return dict(zip(names, weights.values(), strict=True))
 
 
 def test_fsdp1(expected: Weights) -> None:
