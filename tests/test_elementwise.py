@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_init.monitor.elementwise import activation_kind
+from lightning_init.monitor.elementwise import Activation, activation_of
 
 
 class SquaredReLU(nn.Module):
@@ -60,7 +60,10 @@ class Counter(nn.Module):
     ids=repr,
 )
 def test_rectifiers(module: nn.Module) -> None:
-    assert activation_kind(module) == "rectifier"
+    activation = activation_of(module)
+    assert activation is not None
+    assert activation.rectifies
+    assert not activation.saturates
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,9 @@ def test_rectifiers(module: nn.Module) -> None:
     ids=repr,
 )
 def test_smooth(module: nn.Module) -> None:
-    assert activation_kind(module) == "smooth"
+    activation = activation_of(module)
+    assert activation is not None
+    assert not activation.rectifies
 
 
 @pytest.mark.parametrize(
@@ -86,14 +91,14 @@ def test_smooth(module: nn.Module) -> None:
     ids=repr,
 )
 def test_everything_else(module: nn.Module) -> None:
-    assert activation_kind(module) is None
+    assert activation_of(module) is None
 
 
 def test_asking_leaves_no_trace() -> None:
     counter = Counter().train()
     before = torch.get_rng_state()
-    assert activation_kind(counter) == "smooth"
-    activation_kind(Noisy())
+    assert activation_of(counter) is not None
+    activation_of(Noisy())
     assert torch.equal(torch.get_rng_state(), before)
     assert counter.calls == 0
     assert counter.training
@@ -103,6 +108,6 @@ def test_default_dtype_and_device_do_not_matter() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert activation_kind(nn.ReLU()) == "rectifier"
+            assert activation_of(nn.ReLU()) == Activation(True)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -24,7 +24,7 @@ def records() -> dict[str, Record]:
 
 
 def test_every_number_has_its_place() -> None:
-    layout = Layout([A, B, C], owners=1, device=CPU)
+    layout = Layout([A, B, C], norms=4, device=CPU)
     vector = layout.pack(records(), torch.tensor([10.0, 11.0, 12.0, 13.0], dtype=torch.float64), [0.0, 1.0])
     assert vector.dtype == torch.float64
     assert vector.shape == (layout.size,)
@@ -45,7 +45,7 @@ def test_every_number_has_its_place() -> None:
 
 
 def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
-    known = Layout([A, B], owners=0, device=CPU)
+    known = Layout([A, B], norms=2, device=CPU)
     assert known.knows({"b": Record({3: observe(torch.ones(1, 3), 1)})})
     assert not known.knows(records())
     vector = known.pack({"a": records()["a"]}, torch.zeros(2, dtype=torch.float64), [0.0, 0.0])
@@ -54,7 +54,7 @@ def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
 
 
 def test_a_model_without_layers() -> None:
-    layout = Layout([], owners=0, device=CPU)
+    layout = Layout([], norms=2, device=CPU)
     vector = layout.pack({}, torch.zeros(2, dtype=torch.float64), [0.0, 0.0])
     assert vector.tolist() == [0.0] * (FLAGS + 2)
 

@@ -60,7 +60,7 @@ def step(recorder: Recorder, network: nn.Module, x: Tensor) -> None:
     recorder.tap.gradient_factor = 1.0
     loss.backward()
     recorder.tap.detach()
-    recorder.add_norms(network.parameters())
+    recorder.before_step(network.parameters())
     assert recorder.exchange() is not None
     network.zero_grad()
 

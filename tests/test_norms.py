@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_init.monitor.layers import find_layers
-from lightning_init.monitor.norms import GradientNorms, sum_of_squares, whole_gradients
+from lightning_init.monitor.norms import Norms, sum_of_squares, whole_gradients
 from tests.models import conv_net, mlp
 
 CPU = torch.device("cpu")
@@ -22,8 +22,8 @@ def with_gradients(network: nn.Module, *shape: int) -> nn.Module:
 
 
 def norms_of(network: nn.Module, parameters: list[nn.Parameter] | None = None) -> dict[str, float]:
-    norms = GradientNorms(find_layers(network))
-    norms.add(whole_gradients(network.parameters() if parameters is None else parameters))
+    norms = Norms(find_layers(network), ["gradient_norm"])
+    norms.before_step(whole_gradients(network.parameters() if parameters is None else parameters))
     packed = norms.packed(CPU).tolist()
     values, counts = packed[: len(packed) // 2], packed[len(packed) // 2 :]
     return {n: v**0.5 for n, v, c in zip(["total", *norms.owners], values, counts, strict=True) if c}
@@ -82,12 +82,12 @@ def test_only_what_steps_counts() -> None:
 
 def test_the_last_look_counts_and_is_forgotten() -> None:
     network = with_gradients(mlp(depth=1), 64)
-    norms = GradientNorms(find_layers(network))
-    norms.add(whole_gradients(network.parameters()))
+    norms = Norms(find_layers(network), ["gradient_norm"])
+    norms.before_step(whole_gradients(network.parameters()))
     once = norms.packed(CPU)
-    norms.add(whole_gradients(network.parameters()))
+    norms.before_step(whole_gradients(network.parameters()))
     assert torch.equal(norms.packed(CPU), once)
-    norms.add(whole_gradients(network.parameters()), torch.tensor(0.5, dtype=torch.float64))
+    norms.before_step(whole_gradients(network.parameters()), torch.tensor(0.5, dtype=torch.float64))
     torch.testing.assert_close(norms.packed(CPU)[:3], once[:3] / 4, rtol=1e-12, atol=0)
     norms.empty()
     assert not norms.packed(CPU).any()

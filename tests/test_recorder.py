@@ -27,7 +27,7 @@ def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> Lay
     recorder.tap.gradient_factor = 1.0
     loss.backward()
     recorder.tap.detach()
-    recorder.add_norms(network.parameters())
+    recorder.before_step(network.parameters())
     return recorder.exchange()
 
 
@@ -66,7 +66,7 @@ def test_an_unfinished_step_leaves_nothing() -> None:
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
     recorder.tap.attach()
     network(x * 100).sum().backward()  # and then the run skipped the rest of the batch
-    recorder.add_norms(network.parameters())
+    recorder.before_step(network.parameters())
     stats = measure(recorder, network, x, y)
     fresh = measure(Recorder(find_layers(network), DEFAULT_STATS, CPU), network, x, y)
     assert stats == fresh
@@ -108,7 +108,7 @@ def test_layers_that_appear_later() -> None:
     [
         ("lightning_init.monitor.tap.observe", "hook on layer '0'"),
         ("lightning_init.monitor.layout.Layout.pack", "packing"),
-        ("lightning_init.monitor.norms.GradientNorms.packed", "packing"),
+        ("lightning_init.monitor.norms.Norms.packed", "packing"),
     ],
 )
 @pytest.mark.parametrize("healthy_steps", [0, 1])

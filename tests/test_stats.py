@@ -1,75 +1,10 @@
-"""Summed moments become the numbers that are shown."""
+"""Which statistics there are, and how they are named."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor
 
-from lightning_init.moments import merge, observe
-from lightning_init.monitor.layout import Layout, slots_of
-from lightning_init.monitor.stats import DEFAULT_STATS, LayerStats, Reading, chosen_stats
-from lightning_init.monitor.tap import Record
-
-CPU = torch.device("cpu")
-NO_NORMS = torch.zeros(2, dtype=torch.float64)
-
-
-def read(records: dict[str, Record], norms: Tensor = NO_NORMS, owners: tuple[str, ...] = ()) -> LayerStats:
-    layout = Layout(slots_of(records), len(owners), CPU)
-    reading = Reading(layout.pack(records, norms, [0.0, 0.0]), layout)
-    assert reading.flags == [0.0, 0.0]
-    return reading.stats(DEFAULT_STATS, owners, frozenset({"relu"}))
-
-
-def test_variances_of_a_layer_with_two_widths() -> None:
-    """Pooled over all elements; the signal's is the mean over all units of both widths."""
-    torch.manual_seed(0)
-    wide, narrow = torch.randn(20, 6).relu() + 3, torch.randn(7, 2).relu()
-    wide[:, 1] = narrow[:, 0] = 0.0
-    record = Record({6: observe(wide, 1), 2: observe(narrow, 1)})
-    values = read({"relu": record}).values
-    everything = torch.cat((wide.flatten(), narrow.flatten())).double()
-    signal = torch.cat((wide.double().var(0, correction=0), narrow.double().var(0, correction=0)))
-    assert values["activation_variance"]["relu"] == pytest.approx(everything.var(correction=0).item(), rel=1e-12)
-    assert values["signal_variance"]["relu"] == pytest.approx(signal.mean().item(), rel=1e-12)
-    assert values["dead_units"] == {"relu": 2 / 8}
-    assert values["gradient_variance"] == values["gradient_norm"] == {}
-
-
-def test_dead_means_never_positive_anywhere() -> None:
-    first = observe(torch.tensor([[0.0, 0.0, 1e-30], [0.0, 1e-38, 0.0]]), 1)
-    assert read({"relu": Record({3: first})}).values["dead_units"]["relu"] == 1 / 3
-    later = merge(first, observe(torch.tensor([[5.0, 0.0, 0.0]]), 1))
-    assert read({"relu": Record({3: later})}).values["dead_units"]["relu"] == 0.0
-    assert read({"tanh": Record({3: first})}).values["dead_units"] == {}
-
-
-def test_what_was_not_measured_is_absent() -> None:
-    """A width without elements among others, and a layer without any: no value, and no harm to the others."""
-    nothing, gradients = observe(torch.empty(0, 4), 1), observe(torch.tensor([1.0, 3.0]))
-    records = {
-        "expert": Record({4: nothing}),
-        "relu": Record({4: nothing, 1: observe(torch.tensor([[1.0], [2.0]]), 1)}, gradients),
-    }
-    values = read(records).values
-    assert values["activation_variance"] == values["signal_variance"] == {"relu": 0.25}
-    assert values["dead_units"] == {"relu": 0.0}
-    assert values["gradient_variance"] == {"relu": 1.0}
-
-
-def test_norms_are_roots_in_execution_order() -> None:
-    one = Record({1: observe(torch.ones(1, 1), 1)})
-    norms = torch.tensor([25.0, 16.0, 9.0, 0.0, 2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
-    values = read({"b": one, "a": one}, norms, ("a", "b", "frozen")).values
-    assert list(values["gradient_norm"].items()) == [("b", 3.0), ("a", 4.0), ("total", 5.0)]
-
-
-def test_rounding_never_makes_a_variance_negative() -> None:
-    constant = torch.full((1000, 3), 0.1)
-    values = read({"a": Record({3: observe(constant, 1)}, observe(constant))}).values
-    for stat in ("activation_variance", "signal_variance", "gradient_variance"):
-        assert 0 <= values[stat]["a"] < 1e-15
+from lightning_init.monitor.stats import DEFAULT_STATS, LayerStats, chosen_stats
 
 
 def test_tags() -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_init.moments import signal_variance, variance
 from lightning_init.monitor.layers import find_layers
+from lightning_init.monitor.stats import DEFAULT_STATS
 from lightning_init.monitor.tap import Record, Tap, in_backward_pass
 from tests.oracle import Watched
 
@@ -34,7 +35,7 @@ def fail(name: str, error: Exception) -> None:
 
 def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, Record]:
     """Forward and backward under the tap, in the order a Trainer does it."""
-    tap = Tap(find_layers(network), on_fault=fail)
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     value = sum(loss(network, x) for x in inputs)
     tap.gradient_factor = factor
@@ -150,7 +151,7 @@ def test_only_the_announced_backward_counts() -> None:
     assert records["0"].gradients is not None
     assert records["0"].gradients.n == 8 * 6
 
-    tap = Tap(find_layers(network), on_fault=fail)
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     squared(network, torch.randn(8, 6)).backward()  # nobody announced it
     assert tap.strays == 3
@@ -161,7 +162,7 @@ def test_only_the_announced_backward_counts() -> None:
 
 def test_only_what_counts_counts() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    tap = Tap(find_layers(network), on_fault=fail)
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
     counts = False
     tap.attach(lambda: counts)
     network(torch.randn(8, 6))
@@ -181,7 +182,7 @@ def test_gradients_are_scaled_and_can_be_left_out() -> None:
     assert one is not None
     assert quarter is not None
     assert variance(quarter).item() == pytest.approx(variance(one).item() / 16, rel=1e-12)
-    tap = Tap(find_layers(network), with_gradients=False, on_fault=fail)
+    tap = Tap(find_layers(network), ["activation_variance"], on_fault=fail)
     tap.attach()
     tap.gradient_factor = 1.0
     squared(network, x).backward()
@@ -282,7 +283,7 @@ def test_a_view_of_a_view_is_two_outputs() -> None:
 def test_activations_are_let_go() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     kept: list[weakref.ref[Tensor]] = []
-    tap = Tap(find_layers(network), on_fault=fail)
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
@@ -295,7 +296,7 @@ def test_activations_are_let_go() -> None:
 def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[tuple[str, str]] = []
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = Tap(find_layers(network), on_fault=lambda name, error: faults.append((name, str(error))))
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error))))
     tap.attach()
 
     def broken(*args: Any) -> None:
@@ -309,7 +310,7 @@ def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.Mon
 
 def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = Tap(find_layers(network), on_fault=fail)
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     buffer = io.BytesIO()
     torch.save(network, buffer)

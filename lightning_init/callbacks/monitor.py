@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, cast
 
@@ -15,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_init.callbacks import loop
+from lightning_init.callbacks.run import Run
 from lightning_init.monitor.board import Board
-from lightning_init.monitor.eager import EagerMoment
 from lightning_init.monitor.layers import find_layers, select_layers
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
@@ -24,56 +23,8 @@ from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
 P = ParamSpec("P")
 
 
-@dataclass
-class _Run:
-    """One ``fit``, from ``on_fit_start`` to its end.
-
-    Attributes:
-        step: the logged step whose micro-batches are being collected.
-        stepped: whether this batch's gradients were taken, once and for all.
-        listening: whether what happens now is measured.
-        forward_open: whether a forward pass counts, were it the training step's.
-        backward_announced: whether Lightning has run a backward pass.
-        said: what was warned about.
-    """
-
-    recorder: Recorder
-    interval: int
-    board: Board | None = None
-    eager: EagerMoment = field(default_factory=EagerMoment)
-    step: int | None = None
-    stepped: bool = False
-    listening: bool = False
-    forward_open: bool = False
-    backward_announced: bool = False
-    said: set[str] = field(default_factory=set)
-
-    def listen(self, counts: Callable[[], bool]) -> None:
-        """Put hooks on the model; compiled code runs as written, or they would not fire."""
-        self.listening = self.forward_open = True
-        self.eager.start()
-        self.recorder.tap.attach(lambda: self.forward_open and counts())
-
-    def stop_listening(self) -> None:
-        """No hook on the model, and compiled code runs compiled."""
-        self.listening = False
-        self.eager.stop()
-        self.recorder.tap.detach()
-
-    def warn_once(self, topic: str, message: str) -> None:
-        """Warn on rank zero, unless the topic was warned about."""
-        if topic not in self.said:
-            self.said.add(topic)
-            rank_zero_warn(f"ActivationVarianceMonitor {message}")
-
-    def report(self, fault: str | None) -> None:
-        """Say what has failed."""
-        if fault:
-            self.warn_once("fault", f"has failed and is switched off; training goes on. {fault}")
-
-
 def _harmless(
-    method: Callable[Concatenate[ActivationVarianceMonitor, _Run, P], None],
+    method: Callable[Concatenate[ActivationVarianceMonitor, Run, P], None],
 ) -> Callable[Concatenate[ActivationVarianceMonitor, P], None]:
     """Hand the run to ``method``; training goes on whatever happens in there.
 
@@ -144,7 +95,7 @@ class ActivationVarianceMonitor(Callback):
         self.layers = layers
         self.stats = chosen_stats(stats)
         self._latest: dict[str, float] = {}
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     @property
     def latest(self) -> dict[str, float]:
@@ -164,14 +115,14 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._run = _Run(Recorder([], self.stats, device), interval)
+            self._run = Run(Recorder([], self.stats, device), interval)
             self._run.recorder.fail("finding the layers", error)
         else:
-            self._run = _Run(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+            self._run = Run(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
 
     @_harmless
     def on_train_batch_start(
-        self, run: _Run, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, run: Run, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to listen if this micro-batch belongs to a logged step."""
         run.stop_listening()
@@ -187,7 +138,7 @@ class ActivationVarianceMonitor(Callback):
             run.listen(lambda: loop.in_training_step(pl_module))
 
     @_harmless
-    def on_before_backward(self, run: _Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, run: Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """From the loss on, gradients count. The forward pass is over, unless the user decides when."""
         run.backward_announced = True
         if run.listening:
@@ -197,29 +148,32 @@ class ActivationVarianceMonitor(Callback):
             run.recorder.tap.gradient_factor = share if scale is None else share / scale
 
     @_harmless
-    def on_after_backward(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_after_backward(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of other backward passes are not the loss's."""
         run.recorder.tap.gradient_factor = None
 
     @_harmless
     def on_before_optimizer_step(
-        self, run: _Run, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self, run: Run, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Gradients are accumulated, averaged and unscaled now, and not yet clipped."""
         if run.step is None or run.stepped:
             return
         run.stepped = pl_module.automatic_optimization  # LBFGS evaluates again: its first evaluation counts
         run.listening = not run.stepped
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-        def still_scaled() -> float | Tensor:
+        def unscaling() -> float | Tensor:
             scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
             return 1.0 if scale is None else 1.0 / scale
 
-        run.recorder.add_norms((p for group in optimizer.param_groups for p in group["params"]), still_scaled)
+        if run.recorder.norms.look_back:
+            run.look_back(optimizer, lambda: run.recorder.after_step(parameters))
+        run.recorder.before_step(parameters, unscaling)
 
     @_harmless
     def on_train_batch_end(
-        self, run: _Run, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, run: Run, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening; after the last micro-batch of a logged step, exchange and write."""
         run.stop_listening()
@@ -241,12 +195,12 @@ class ActivationVarianceMonitor(Callback):
         run.report(run.recorder.off or run.recorder.fault)
 
     @_harmless
-    def on_train_epoch_end(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also an epoch that ended in the middle of a batch leaves nothing behind."""
         run.stop_listening()
 
     @_harmless
-    def on_train_end(self, run: _Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was left to say, if no further exchange came."""
         run.report(run.recorder.fault)
 
@@ -267,7 +221,7 @@ class ActivationVarianceMonitor(Callback):
             self._run.stop_listening()
         self._run = None
 
-    def _publish(self, run: _Run, trainer: Trainer, stats: LayerStats, step: int) -> None:
+    def _publish(self, run: Run, trainer: Trainer, stats: LayerStats, step: int) -> None:
         tags = stats.tags
         if loop.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
             run.warn_once(
@@ -283,9 +237,9 @@ class ActivationVarianceMonitor(Callback):
         if trainer.is_global_zero:
             if run.board is None:
                 run.board = self._first_board(run, trainer)
-            run.board.write(tags, step)
+            run.board.write(tags, step, stats.histograms)
 
-    def _first_board(self, run: _Run, trainer: Trainer) -> Board:
+    def _first_board(self, run: Run, trainer: Trainer) -> Board:
         if silent := run.recorder.silent_layers:
             run.warn_once("silent", f"found layers that nobody called in the first logged step: {_listed(silent)}.")
         if partial := run.recorder.tap.partial:

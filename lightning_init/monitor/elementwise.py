@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["rectifier", "smooth"]
-"""``rectifier``: every negative number becomes exactly 0 and positive ones stay positive (the ReLU family)."""
-
 _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
+_FAR = (-1e4, -1e3, 1e3, 1e4)
 
 
-def activation_kind(module: nn.Module) -> Kind | None:
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What an activation does to numbers.
+
+    Attributes:
+        rectifies: every negative number becomes exactly 0 and positive ones stay positive (the ReLU family).
+        low: where it ends up far to the left; -inf if it goes on, or does not settle.
+        high: the same to the right.
+    """
+
+    rectifies: bool
+    low: float = -math.inf
+    high: float = math.inf
+
+    @property
+    def saturates(self) -> bool:
+        """Whether both ends are flat: sigmoid, tanh and their like."""
+        return not self.rectifies and math.isfinite(self.high - self.low)
+
+
+def activation_of(module: nn.Module) -> Activation | None:
     """What kind of activation ``module`` is; None if it is none.
 
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
@@ -25,19 +44,20 @@ def activation_kind(module: nn.Module) -> Kind | None:
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
-    probe = torch.tensor(_PROBE, dtype=torch.float32, device="cpu")
+    probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
     with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             asked = copy.deepcopy(module).to("cpu").eval()
             together = asked(probe.clone())
             alone = [asked(number.reshape(1).clone()) for number in probe]
+            ends = asked(far)
         except Exception:  # it takes something else than one tensor of any shape
             return None
     if not _same_numbers(together, alone) or torch.equal(together.float(), probe):
         return None
     negative, positive = together[probe < 0], together[probe > 0]
-    return "rectifier" if bool((negative == 0).all() and (positive > 0).all()) else "smooth"
+    return Activation(bool((negative == 0).all() and (positive > 0).all()), *_limits(ends.tolist()))
 
 
 def _same_numbers(together: object, alone: list[object]) -> bool:
@@ -47,3 +67,10 @@ def _same_numbers(together: object, alone: list[object]) -> bool:
     if not all(isinstance(one, Tensor) and one.shape == (1,) for one in alone):
         return False
     return torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-6, equal_nan=True)  # type: ignore[arg-type]
+
+
+def _limits(ends: list[float]) -> tuple[float, float]:
+    """Values at both ends, if those at ±1e3 are the same within a hundredth of the range; else infinities."""
+    low, lower, higher, high = ends
+    settled = max(abs(low - lower), abs(high - higher)) <= abs(high - low) / 100
+    return (min(low, high), max(low, high)) if settled and high != low else (-math.inf, math.inf)

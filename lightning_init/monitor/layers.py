@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_init.checks import did_you_mean
-from lightning_init.monitor.elementwise import Kind, activation_kind
+from lightning_init.monitor.elementwise import Activation, activation_of
 from lightning_init.names import clean_name
 
 _ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
@@ -23,13 +23,13 @@ class Layer:
     Attributes:
         name: the user's attribute path, without wrappers.
         module: where the hook goes.
-        activation: the kind of activation it is; None for a module with parameters.
+        activation: what it does to numbers; None for a module with parameters.
         parameters: its own parameters and those of parts that belong to it.
     """
 
     name: str
     module: nn.Module
-    activation: Kind | None
+    activation: Activation | None
     parameters: tuple[nn.Parameter, ...]
 
 
@@ -49,8 +49,8 @@ def find_layers(model: nn.Module) -> list[Layer]:
         own = [parameter for part in (module, *parts) for parameter in part.parameters(recurse=False)]
         if own:
             layers.append(Layer(name, module, None, tuple(dict.fromkeys(own))))
-        elif kind := activation_kind(module):
-            layers.append(Layer(name, module, kind, ()))
+        elif activation := activation_of(module):
+            layers.append(Layer(name, module, activation, ()))
     return layers
 
 

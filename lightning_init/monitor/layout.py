@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -25,24 +25,31 @@ class Slot(NamedTuple):
 class Layout:
     """Slots, layers and parameter owners in an order that all ranks share, and the vector's parts.
 
-    The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer · the
-    parameter-gradient norms · sums of every unit of every slot. Its size depends on nothing but the model.
+    The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer ·
+    norms · what was measured on request · sums of every unit of every slot. Its size depends on nothing but the model.
 
     Args:
         slots: in execution order.
-        owners: number of layers with parameters.
+        norms: how many numbers the norms are.
+        widths: how many numbers each measurement on request is for a layer.
         device: of the vector.
     """
 
-    def __init__(self, slots: Sequence[Slot], owners: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: Sequence[Slot], norms: int, device: torch.device, widths: Mapping[str, int] | None = None
+    ) -> None:
+        self.widths = dict(widths or {})
         self.slots = tuple(slots)
         self.layers = tuple(dict.fromkeys(slot.layer for slot in slots))
         self.device = device
         num_slots, num_layers = len(self.slots), len(self.layers)
-        sizes = (FLAGS, num_slots, num_slots, num_layers, num_layers, num_layers, 2 + 2 * owners)
-        ends = list(accumulate((*sizes, sum(slot.units for slot in slots))))
-        (self.flags, self.counts, self.squares, self.gradient_counts, self.gradient_sums, self.gradient_squares,
-         self.norms, self.sums) = (slice(start, end) for start, end in zip([0, *ends], ends, strict=False))  # fmt: skip
+        extras, units = num_layers * sum(self.widths.values()), sum(slot.units for slot in slots)
+        sizes = (FLAGS, num_slots, num_slots, num_layers, num_layers, num_layers, norms, extras, units)
+        ends = list(itertools.accumulate(sizes))
+        parts = iter([slice(start, end) for start, end in itertools.pairwise([0, *ends])])
+        self.flags, self.counts, self.squares = next(parts), next(parts), next(parts)
+        self.gradient_counts, self.gradient_sums, self.gradient_squares = next(parts), next(parts), next(parts)
+        self.norms, self.extras, self.sums = parts
         self.size = ends[-1]
         place = {layer: i for i, layer in enumerate(self.layers)}
         self.units = torch.tensor([slot.units for slot in slots], dtype=torch.int64, device=device)  # [slots]
@@ -52,6 +59,14 @@ class Layout:
     def knows(self, records: Mapping[str, Record]) -> bool:
         """Whether every slot of ``records`` has its place."""
         return set(slots_of(records)) <= set(self.slots)
+
+    def means(self, total: Tensor) -> Tensor:
+        """The mean of all outputs of each layer, [layers], from a summed vector; NaN of nothing."""
+        sums = total.new_zeros(2, len(self.slots))
+        sums[0].index_add_(0, self.slot_of_unit, total[self.sums])
+        sums[1] = total[self.counts]
+        by_layer = total.new_zeros(2, len(self.layers)).index_add_(1, self.layer_of_slot, sums)
+        return by_layer[0] / by_layer[1]
 
     def pack(self, records: Mapping[str, Record], norms: Tensor, flags: Sequence[float]) -> Tensor:
         """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero."""
@@ -74,7 +89,13 @@ class Layout:
             _stack(gradient_sums, zero),
             _stack(gradient_squares, zero),
         )
-        return torch.cat([host[: len(numbers)], *scalars, norms, *sums])
+        return torch.cat([host[: len(numbers)], *scalars, norms, *self._extras(records), *sums])
+
+    def _extras(self, records: Mapping[str, Record]) -> list[Tensor]:
+        """What was measured on request, [layers · width] each."""
+        nothing = {stat: torch.zeros(n, dtype=torch.float64, device=self.device) for stat, n in self.widths.items()}
+        found = [records[name].extras if name in records else {} for name in self.layers]
+        return [extras.get(stat, zeros) for stat, zeros in nothing.items() for extras in found]
 
 
 def slots_of(records: Mapping[str, Record]) -> list[Slot]:

@@ -9,11 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_init.monitor.extras import ADDITIVE
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN, Layout, Slot, in_one_order, slots_of
-from lightning_init.monitor.norms import GradientNorms, whole_gradients
+from lightning_init.monitor.norms import Norms, whole_gradients
+from lightning_init.monitor.reading import Reading
+from lightning_init.monitor.second import Second
 from lightning_init.monitor.state import PackedState
-from lightning_init.monitor.stats import LayerStats, Reading
+from lightning_init.monitor.stats import LayerStats
 from lightning_init.monitor.tap import Record, Tap
 
 
@@ -40,11 +43,10 @@ class Recorder:
         self.layers = list(layers)
         self.stats = tuple(stats)
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self.tap = Tap(layers, with_gradients="gradient_variance" in stats, on_fault=self._hook_fault)
-        self.norms = GradientNorms(layers, _world_size())
+        self.tap = Tap(layers, stats, on_fault=self._hook_fault)
+        self.norms = Norms(layers, stats, _world_size())
         self.fault: str | None = None
         self.off: str | None = None
-        self._rectifiers = frozenset(layer.name for layer in layers if layer.activation == "rectifier")
         self._layout: Layout | None = None
         self._state: PackedState | None = None
 
@@ -59,15 +61,25 @@ class Recorder:
         self.tap.empty()
         self.norms.empty()
 
-    def add_norms(self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0) -> None:
-        """Take the gradient norms, times ``factor()``, of ``parameters``, which are about to be stepped.
+    def before_step(
+        self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0
+    ) -> None:
+        """Take the norms of ``parameters``, which are about to be stepped, and of their gradients times ``factor()``.
 
-        Can be a collective: every rank has to call it, failed or not.
+        Can be a collective, as ``after_step`` can: every rank has to call it, failed or not.
         """
-        if "gradient_norm" in self.stats:
+        if self.norms.kinds:
             gradients = whole_gradients(parameters)
             if self.fault is None:
-                self.norms.add(gradients, factor())
+                self.norms.before_step(gradients, factor())
+
+    def after_step(
+        self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0
+    ) -> None:
+        """Take what has to be taken when the optimizer has stepped."""
+        gradients = whole_gradients(parameters)
+        if self.fault is None:
+            self.norms.after_step(gradients, factor())
 
     def fail(self, where: str, error: BaseException) -> None:
         """Remember the first thing that went wrong."""
@@ -88,7 +100,7 @@ class Recorder:
         self.norms.empty()
         if flags[FAULT]:
             self._agree({})
-        return reading.stats(self.stats, self.norms.owners, self._rectifiers) if reading and not self.off else None
+        return reading.stats(self.stats, self.layers) if reading and not self.off else None
 
     def _agree(self, records: dict[str, Record]) -> None:
         """All ranks learn all slots, known ones first in line, and each other's faults."""
@@ -99,7 +111,8 @@ class Recorder:
             self.off = "; ".join(faults)
         else:
             slots = in_one_order(hello.slots for hello in hellos)
-            self._layout = Layout(slots, len(self.norms.owners), self.device)
+            widths = {stat: ADDITIVE[stat].width for stat in self.stats if stat in ADDITIVE}
+            self._layout = Layout(slots, self.norms.size, self.device, widths)
             self._state = PackedState(self._layout.size, self.device)
 
     def _summed(self, records: dict[str, Record]) -> tuple[list[float], Reading | None]:
@@ -109,9 +122,11 @@ class Recorder:
         self._state.reset()
         self._state.update(self._vector(self._layout, records))
         total = self._state.compute()
+        second = Second(self.stats, self._layout, records if self.fault is None else {})
+        second.exchange(total, self.fail)
         if self.fault is None:
             try:
-                reading = Reading(total, self._layout)
+                reading = Reading(total, self._layout, second, self.norms)
                 return reading.flags, reading
             except Exception as error:
                 self.fail("reading", error)

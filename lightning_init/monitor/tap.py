@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.moments import Moments, merge, observe, scale
+from lightning_init.monitor.central import Central, merge_central, observe_central
+from lightning_init.monitor.extras import ADDITIVE, largest
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.outputs import first_floating
 from lightning_init.monitor.shards import Share, local_part
@@ -26,10 +28,16 @@ class Record:
     Attributes:
         outputs: moments of its outputs by number of units: a module shared at two widths has two.
         gradients: moments of d loss / d output, all elements as one unit.
+        extras: what else of its outputs was asked for and adds up.
+        largest: the largest magnitude of an output, if asked for.
+        central: central moments of its outputs, if asked for.
     """
 
     outputs: dict[int, Moments] = field(default_factory=dict)
     gradients: Moments | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    largest: Tensor | None = None
+    central: Central | None = None
 
 
 class Tap:
@@ -40,19 +48,21 @@ class Tap:
 
     Args:
         layers: where to listen.
-        with_gradients: whether to listen to gradients.
+        stats: which statistics will be asked for; what none of them needs is not measured.
         on_fault: called with the layer's name and the exception if a hook fails; the forward pass goes on.
     """
 
     def __init__(
         self,
         layers: Iterable[Layer],
+        stats: Sequence[str],
         *,
-        with_gradients: bool = True,
         on_fault: Callable[[str, Exception], None],
     ) -> None:
         self.layers = list(layers)
-        self.with_gradients = with_gradients
+        self.with_gradients = "gradient_variance" in stats
+        self._looks = {stat: ADDITIVE[stat].measure for stat in stats if stat in ADDITIVE}
+        self._with_largest, self._with_central = "activation_max" in stats, "kurtosis" in stats
         self.records: dict[str, Record] = {}  # in the order of their first call
         self.forward_counts: Callable[[], bool] = lambda: False
         self.gradient_factor: float | Tensor | None = None
@@ -137,8 +147,24 @@ class Tap:
             self.partial.setdefault(layer.name)
             return
         moments = _placed(observe(values, dim), share)
-        outputs = self.records.setdefault(layer.name, Record()).outputs
+        record = self.records.setdefault(layer.name, Record())
+        outputs = record.outputs
         outputs[share.total] = merge(outputs[share.total], moments) if share.total in outputs else moments
+        if self._looks or self._with_largest or self._with_central:
+            self._look(layer, record, values)
+
+    def _look(self, layer: Layer, record: Record, values: Tensor) -> None:
+        """Measure what was asked for on request."""
+        for stat, measure in self._looks.items():
+            found = measure(layer, values)
+            if found is not None:
+                record.extras[stat] = record.extras[stat] + found if stat in record.extras else found
+        if self._with_largest:
+            found = largest(values)
+            record.largest = found if record.largest is None else torch.maximum(record.largest, found)
+        if self._with_central:
+            central = observe_central(values)
+            record.central = merge_central(record.central, central) if record.central else central
 
     def _listen(self, layer: Layer, tensor: Tensor) -> None:
         """Hook the gradient of ``tensor``.

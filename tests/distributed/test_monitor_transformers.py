@@ -111,7 +111,7 @@ def test_every_layer_is_reported(name: str) -> None:
         loss=lambda network, batch: network(**batch).loss,  # type: ignore[arg-type]
         names=names,
         unit_dims={n: 1 for n in names if re.search(pattern, n)},
-        rectifiers=[layer.name for layer in layers if layer.activation == "rectifier"],
+        rectifiers=[layer.name for layer in layers if layer.activation and layer.activation.rectifies],
     )
     # an owner's own norm only: the oracle's has its children's too
     owners = {layer.name for layer in layers if any(layer.module.children())}

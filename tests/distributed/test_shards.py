@@ -60,7 +60,7 @@ class Summand(nn.Module):
 
 def tapped_summand() -> tuple[list[str], list[str], bool]:
     network = nn.Sequential(Summand())
-    tap = Tap(find_layers(network), on_fault=lambda name, error: print(name, error))
+    tap = Tap(find_layers(network), [], on_fault=lambda name, error: print(name, error))
     tap.attach()
     output = network(torch.ones(2, 3))
     assert local_part(output) is None

@@ -1,0 +1,80 @@
+"""What the monitor knows during one ``fit``, and how it comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_init.monitor.board import Board
+from lightning_init.monitor.eager import EagerMoment
+from lightning_init.monitor.recorder import Recorder
+
+
+@dataclass
+class Run:
+    """One ``fit``, from ``on_fit_start`` to its end.
+
+    Attributes:
+        step: the logged step whose micro-batches are being collected.
+        stepped: whether this batch's gradients were taken, once and for all.
+        listening: whether what happens now is measured.
+        forward_open: whether a forward pass counts, were it the training step's.
+        backward_announced: whether Lightning has run a backward pass.
+        said: what was warned about.
+        after_step: hooks on optimizers that have not stepped yet.
+    """
+
+    recorder: Recorder
+    interval: int
+    board: Board | None = None
+    eager: EagerMoment = field(default_factory=EagerMoment)
+    step: int | None = None
+    stepped: bool = False
+    listening: bool = False
+    forward_open: bool = False
+    backward_announced: bool = False
+    said: set[str] = field(default_factory=set)
+    after_step: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
+
+    def listen(self, counts: Callable[[], bool]) -> None:
+        """Put hooks on the model; compiled code runs as written, or they would not fire."""
+        self.listening = self.forward_open = True
+        self.eager.start()
+        self.recorder.tap.attach(lambda: self.forward_open and counts())
+
+    def look_back(self, optimizer: Optimizer, look: Callable[[], None]) -> None:
+        """Call ``look`` once, when ``optimizer`` has stepped; gradients are clipped then."""
+
+        def after(*args: Any) -> None:
+            try:
+                look()
+            except Exception as error:
+                self.recorder.fail("after the optimizer's step", error)
+            self.after_step.pop(optimizer).remove()
+
+        if optimizer not in self.after_step:
+            self.after_step[optimizer] = optimizer.register_step_post_hook(after)
+
+    def stop_listening(self) -> None:
+        """No hook on model or optimizers, and compiled code runs compiled."""
+        self.listening = False
+        while self.after_step:
+            self.after_step.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
+        self.eager.stop()
+        self.recorder.tap.detach()
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn on rank zero, unless the topic was warned about."""
+        if topic not in self.said:
+            self.said.add(topic)
+            rank_zero_warn(f"ActivationVarianceMonitor {message}")
+
+    def report(self, fault: str | None) -> None:
+        """Say what has failed."""
+        if fault:
+            self.warn_once("fault", f"has failed and is switched off; training goes on. {fault}")
