@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -114,17 +116,14 @@ def _sibling(name: str, attribute: str) -> str:
 
 def type_name(module: nn.Module) -> str:
     """The user's class, without the classes that FSDP2 and ``parametrize`` derive from it on the fly."""
-    for kind in type(module).__mro__:
-        is_derived = kind.__name__ == "FSDPModule" or (
-            kind.__name__.startswith(("FSDP", "Parametrized")) and len(kind.__mro__) > 1 and _is_dynamic(kind)
-        )
-        if not is_derived:
-            return kind.__name__
-    return type(module).__name__
+    return next(kind.__name__ for kind in type(module).__mro__ if kind is not FSDPModule and not _is_derived(kind))
 
 
-def _is_dynamic(kind: type) -> bool:
-    """Whether the class was made at run time: its name is then no attribute of the module it claims to come from."""
-    import sys
+def _is_derived(kind: type) -> bool:
+    """Whether a class was made at run time and named after its base: FSDPLinear, ParametrizedLinear.
 
-    return getattr(sys.modules.get(kind.__module__), kind.__name__, None) is not kind
+    Such a class is no attribute of the module it claims to come from.
+    """
+    names = {base.__name__ for base in kind.__bases__}
+    is_named_so = any(kind.__name__ == prefix + name for prefix in ("FSDP", "Parametrized") for name in names)
+    return is_named_so and getattr(sys.modules.get(kind.__module__), kind.__name__, None) is not kind

@@ -1,0 +1,177 @@
+"""Where parameters live: owners, names without wrappers, and what stands between a parameter and the forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from lightning_init.initialization.places import Place, parametrizations_of, places, type_name, weight_norm_of
+
+
+def place_of(model: nn.Module, name: str) -> Place:
+    (found,) = [place for place in places(model) if place.name == name]
+    return found
+
+
+def test_every_name_of_every_parameter_in_order() -> None:
+    table, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    head.weight = table.weight
+    model = nn.ModuleDict({"table": table, "inner": nn.Sequential(nn.Linear(4, 4)), "head": head})
+    found = list(places(model))
+    assert [place.name for place in found] == ["table.weight", "inner.0.weight", "inner.0.bias", "head.weight"]
+    assert [place.target for place in found] == [place.name for place in found]
+    assert found[0].parameter is found[3].parameter
+    assert [place.module for place in found] == [table, model["inner"][0], model["inner"][0], head]  # type: ignore[index]
+    assert {place.via for place in found} == {"itself"}
+
+
+def test_a_model_that_is_one_layer() -> None:
+    found = list(places(nn.Linear(3, 2)))
+    assert [(place.name, place.attribute, place.outer) for place in found] == [
+        ("weight", "weight", ()),
+        ("bias", "bias", ()),
+    ]
+
+
+WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "checkpointed": checkpoint_wrapper,
+    "both": lambda model: torch.compile(checkpoint_wrapper(model), backend="eager"),  # type: ignore[return-value]
+    "data parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_leave_no_trace_in_names(wrapper: str) -> None:
+    """A user's own attribute may be called like the step of one wrapper, ``module``."""
+    inner = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
+    model = nn.ModuleDict({"module": WRAPPED[wrapper](inner)})
+    plain = nn.ModuleDict({"module": inner})
+    for place, expected in zip(places(model), places(plain), strict=True):
+        assert (place.name, place.target, place.attribute) == (expected.name, expected.target, expected.attribute)
+        assert place.module is expected.module is inner[0]
+        assert place.parameter is expected.parameter
+        assert {name for _, name in place.outer} == {name for _, name in expected.outer}
+
+
+def test_the_modules_around_an_owner_see_it_by_shorter_names() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), parametrizations.weight_norm(nn.Linear(3, 2)))})
+    for name in ("a.1.bias", "a.1.parametrizations.weight.original1"):
+        place = place_of(model, name)
+        assert place.outer == ((model, place.target), (model["a"], f"1.{place.attribute}"))
+        assert place.target == f"a.1.{place.attribute}"
+
+
+class Twice(nn.Module):
+    def forward(self, stored: Tensor) -> Tensor:
+        return 2 * stored
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def test_parts_of_a_parametrized_weight_belong_to_it() -> None:
+    layer = parametrizations.weight_norm(nn.Linear(3, 2))
+    parametrize.register_parametrization(layer, "bias", Twice())
+    model = nn.Sequential(layer)
+    parts = {place.name: place for place in places(model)}
+    assert {name: place.target for name, place in parts.items()} == {
+        "0.parametrizations.weight.original0": "0.weight",
+        "0.parametrizations.weight.original1": "0.weight",
+        "0.parametrizations.bias.original": "0.bias",
+    }
+    assert all(place.module is layer and place.via == "parametrization" for place in parts.values())
+    bias = parts["0.parametrizations.bias.original"]
+    assert torch.equal(bias.current, 2 * bias.parameter)
+    assert not bias.current.requires_grad
+    steps = parametrizations_of(bias)
+    assert steps is not None
+    assert isinstance(steps[0], Twice)
+
+
+def test_a_parametrized_module_inside_a_parametrization_is_found_too() -> None:
+    """A parametrization may own layers; their weights are no originals."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(3, 3)
+
+        def forward(self, stored: Tensor) -> Tensor:
+            mixed: Tensor = self.mix(stored)
+            return mixed
+
+    layer = nn.Linear(3, 2)
+    parametrize.register_parametrization(layer, "weight", Mixed())
+    parts = {place.name: place for place in places(layer)}
+    assert parts["parametrizations.weight.0.mix.weight"].via == "itself"
+    assert parts["parametrizations.weight.0.mix.weight"].target == "parametrizations.weight.0.mix.weight"
+    assert parts["parametrizations.weight.original"].target == "weight"
+
+
+def test_the_older_weight_norm_computes_by_a_hook() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layer = nn.utils.weight_norm(nn.Linear(3, 2))  # type: ignore[arg-type]
+    parts = {place.name: place for place in places(nn.Sequential(layer))}
+    assert {name: (place.target, place.via) for name, place in parts.items()} == {
+        "0.bias": ("0.bias", "itself"),
+        "0.weight_g": ("0.weight", "weight_norm"),
+        "0.weight_v": ("0.weight", "weight_norm"),
+    }
+    hook = weight_norm_of(layer, "weight")
+    assert hook is not None
+    assert weight_norm_of(layer, "bias") is None
+    with torch.no_grad():
+        layer.weight_g.mul_(3)
+    expected = layer.weight_g * layer.weight_v / layer.weight_v.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(parts["0.weight_g"].current, expected)  # no forward pass was needed
+
+
+def test_what_a_hook_recomputes_is_the_weight_it_starts_from() -> None:
+    pruned = nn.Linear(3, 2)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    spectral = nn.utils.spectral_norm(nn.Linear(3, 2))
+    for layer in (pruned, spectral):
+        place = place_of(layer, "weight_orig")
+        assert (place.target, place.attribute, place.via) == ("weight", "weight", "recomputed")
+        assert torch.equal(place.current, place.parameter)
+
+
+class OwnNames(nn.Module):
+    """Endings that look like those of torch's hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_g = nn.Parameter(torch.ones(2))
+        self.kernel_orig = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["scale_g", "kernel_orig"])
+def test_endings_alone_mean_nothing(name: str) -> None:
+    place = place_of(OwnNames(), name)
+    assert (place.target, place.via) == (name, "itself")
+
+
+def test_type_names_are_the_users() -> None:
+    assert type_name(nn.Linear(3, 2)) == "Linear"
+    assert type_name(parametrizations.weight_norm(nn.Linear(3, 2))) == "Linear"
+    assert type_name(OwnNames()) == "OwnNames"
+
+    sharded = nn.Linear(3, 2)
+    sharded.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {})  # what fully_shard does
+    assert type_name(parametrizations.weight_norm(sharded)) == "Linear"
+
+    class ParametrizedPolicy(nn.Module):
+        """The user's own name, though it begins like one that torch makes."""
+
+    class FSDPStyle(nn.Linear):
+        """Likewise, inside a function and with a base."""
+
+    assert type_name(ParametrizedPolicy()) == "ParametrizedPolicy"
+    assert type_name(FSDPStyle(3, 2)) == "FSDPStyle"
