@@ -19,7 +19,7 @@ _BLOCK = 1 << 17
 _BLOCK_OF_ACCELERATORS = 1 << 22
 """The same where every block costs three kernel launches."""
 
-_WORTH_IT = 1 << 13
+_WORTH_IT = 1 << 12
 """Elements from which float32 sums, with their check, cost less than float64 copies."""
 _LEAST_SQUARE, _LARGEST_SQUARE = 1e-36, 1e30
 """Mean squares between which float32 sums of squares lose nothing to underflow and have room to be merged."""
@@ -67,11 +67,15 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
 
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σx² alone, [] float64: half the work of :func:`observe`, with the same care."""
-    if values.dtype == torch.float32 and values.is_cpu and values.numel() >= _WORTH_IT:
-        squares = _squares(values.detach().reshape(-1))
-        if _LEAST_SQUARE < squares.item() / values.numel() < _LARGEST_SQUARE:
+    flat = values.detach().reshape(-1)
+    if flat.dtype == torch.float32 and flat.is_cpu and len(flat) >= _WORTH_IT:
+        squares = _squares(flat)
+        if _LEAST_SQUARE < squares.item() / len(flat) < _LARGEST_SQUARE:
             return squares.double()
-    return observe(values).squares.double()
+    if len(flat) <= _BLOCK and not flat.is_mps:
+        wide = flat.double()
+        return torch.dot(wide, wide)
+    return observe(flat).squares.double()
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -160,23 +164,31 @@ def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
     """Sums over float64 copies of a cache's size: nothing can go wrong."""
     blocks = _as_blocks(values, unit_dim)
     outer, units, inner = blocks.shape
+    limit = _BLOCK if blocks.is_cpu else _BLOCK_OF_ACCELERATORS
+    if outer * units * inner <= limit:
+        return Moments(outer * units * inner, *_float64_sums(blocks))
     sums = torch.zeros(units, dtype=torch.float64, device=blocks.device)
     squares = torch.zeros((), dtype=torch.float64, device=blocks.device)
-    limit = _BLOCK if blocks.is_cpu else _BLOCK_OF_ACCELERATORS
-    for block in torch.split(blocks, max(1, limit // max(1, units * inner))) if blocks.numel() else ():
-        copy = block.to(torch.float64, memory_format=torch.contiguous_format)
-        sums += copy.sum((0, 2)) if inner > 1 else copy.sum(0).squeeze(1)
-        flat = copy.view(-1)
-        squares += torch.dot(flat, flat)
+    for block in torch.split(blocks, max(1, limit // (units * inner))):
+        more_sums, more_squares = _float64_sums(block)
+        sums += more_sums
+        squares += more_squares
     return Moments(outer * units * inner, sums, squares)
+
+
+def _float64_sums(block: Tensor) -> tuple[Tensor, Tensor]:
+    """Σx of each unit, [units], and Σx², [], of any [outer, units, inner]."""
+    copy = block.to(torch.float64, memory_format=torch.contiguous_format)
+    flat = copy.view(-1)
+    return copy.sum((0, 2)) if copy.shape[2] > 1 else copy.sum(0).squeeze(1), torch.dot(flat, flat)
 
 
 def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
     """``values`` as [outer, units, inner], without copying where its strides allow it."""
     if unit_dim is None or values.dim() == 0:
         return values.reshape(values.numel(), 1, 1)
-    if (units_last := values.movedim(unit_dim, -1)).is_contiguous():  # also channels_last images
-        values, unit_dim = units_last, -1
+    if not values.is_contiguous() and (units_last := values.movedim(unit_dim, -1)).is_contiguous():
+        values, unit_dim = units_last, -1  # a channels_last image
     return values.reshape(_sizes(values.shape, unit_dim))
 
 

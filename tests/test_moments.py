@@ -242,3 +242,14 @@ def test_a_bias_hides_no_signal_from_float32_sums(ratio: float) -> None:
     assert (moments._in_float32(values, 1) is None) == (ratio > 5.6)  # 1 / (1 + ratio²) below 1/32
     expected = values.double().var(0, correction=0).mean().item()
     assert signal_variance(observe(values, 1)).item() == pytest.approx(expected, rel=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 100, 200_000])
+def test_sum_of_squares_is_that_of_observe(dtype: torch.dtype, count: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2, count).to(dtype).T.requires_grad_()
+    squares = moments.sum_of_squares(values)
+    assert squares.dtype == torch.float64
+    assert not squares.requires_grad
+    assert squares.item() == pytest.approx((values.detach().double() ** 2).sum().item(), rel=5e-7)
