@@ -9,9 +9,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 
 from lightning_init.initialization.distributions import Distribution
-from lightning_init.initialization.draw import Block, run_on_all_cores
+from lightning_init.initialization.draw import Block, one_thread_each, run_on_all_cores
 from lightning_init.initialization.places import Place, parametrizations_of, weight_norm_of
 from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.values import (
@@ -33,30 +34,32 @@ def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
     complex, parametrized) need one copy of the parameter for each thread that is at work.
     """
     measured = [Measured() for _ in assignments]
-    jobs: list[tuple[int, Callable[[], Measured]]] = []
-    for index, assignment in enumerate(assignments):
-        if assignment.is_drawn:
-            jobs.extend((index, job) for job in _jobs(assignment, seed))
+    drawn = [(index, assignment) for index, assignment in enumerate(assignments) if assignment.is_drawn]
+    jobs = [(index, job) for index, step in drawn if not _is_computed(step.place) for job in _jobs(step, seed)]
     results = run_on_all_cores([job for _, job in jobs])
     for (index, _), part in zip(jobs, results, strict=True):
         measured[index] += part
-    for index, assignment in enumerate(assignments):
-        if assignment.is_drawn:
+    # What goes through another computation comes one by one: on shards it may need all ranks, in one order.
+    with one_thread_each():
+        for index, assignment in drawn:
+            if _is_computed(assignment.place):
+                measured[index] += _write_through(assignment, seed)
             _zero_padding_row(assignment)
             _replace_shards_checksum(assignment, seed, measured[index])
     return measured
 
 
+def _is_computed(place: Place) -> bool:
+    """Whether the forward pass computes this attribute from other parameters."""
+    return place.via in ("parametrization", "weight_norm")
+
+
 def _jobs(assignment: Assignment, seed: int) -> Iterator[Callable[[], Measured]]:
     """The independent pieces of work that fill one parameter."""
-    place = assignment.place
-    if place.via in ("parametrization", "weight_norm"):
-        yield lambda: _write_through(assignment, seed)
-        return
-    window = window_of(place.parameter)
+    window = window_of(assignment.place.parameter)
     parts = slices_of(assignment, seed, window.whole_shape.numel())
     is_elementwise = all(isinstance(part.values, Distribution) for part in parts)
-    if is_elementwise and window.local.is_contiguous() and not place.parameter.is_complex():
+    if is_elementwise and window.local.is_contiguous() and not window.local.is_complex():
         for part in parts:
             yield from block_jobs(part, window, window.local.view(-1))
     else:
@@ -82,17 +85,19 @@ def _whole_parameter(assignment: Assignment, parts: Sequence[Slice], shape: torc
 def _write_through(assignment: Assignment, seed: int) -> Measured:
     """Write an attribute that is computed from other parameters, through the inverse of that computation.
 
-    Measured is the attribute as the forward pass will read it. No_grad because the setting is per thread.
+    Measured is the attribute as the forward pass will read it.
     """
     place = assignment.place
     current = place.current
     parts = slices_of(assignment, seed, current.numel())
-    values = _whole_parameter(assignment, parts, current.shape, current.dtype).to(current)
+    values = _whole_parameter(assignment, parts, current.shape, current.dtype)
+    values = values.to(current.device, current.dtype)
     if place.via == "weight_norm":
         _set_weight_norm(place, values)
     else:
         _set_parametrized(place, values)
     now = place.current
+    now = now.full_tensor() if isinstance(now, DTensor) else now
     measured = measure(now, parts[0].values)
     measured.is_transformed = not torch.allclose(now, values, rtol=1e-3)
     return measured
@@ -107,17 +112,22 @@ def _set_parametrized(place: Place, values: Tensor) -> None:
         inverse = step.right_inverse(inverse)  # type: ignore[operator]
     originals = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
     for original, value in zip(originals, [inverse] if isinstance(inverse, Tensor) else inverse, strict=True):
-        window = window_of(original)
-        window.local.copy_(window.take(value).view(window.local.shape))
+        _put(original, value)
 
 
 def _set_weight_norm(place: Place, values: Tensor) -> None:
     """The older weight_norm by hooks: weight = g·v/|v|, so v is the weight and g its norm."""
     hook = weight_norm_of(place.module, place.attribute)
     assert hook is not None
-    getattr(place.module, f"{place.attribute}_v").copy_(values)
-    getattr(place.module, f"{place.attribute}_g").copy_(torch.norm_except_dim(values, 2, hook.dim))
+    _put(getattr(place.module, f"{place.attribute}_v"), values)
+    _put(getattr(place.module, f"{place.attribute}_g"), torch.norm_except_dim(values, 2, hook.dim))
     hook(place.module, ())  # so that the attribute is right before the next forward pass, too
+
+
+def _put(parameter: Tensor, whole_value: Tensor) -> None:
+    """Copy this process's part of a whole value."""
+    window = window_of(parameter)
+    window.local.copy_(window.take(whole_value).view(window.local.shape))
 
 
 def _zero_padding_row(assignment: Assignment) -> None:
