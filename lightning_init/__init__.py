@@ -36,6 +36,8 @@ from lightning_init.initialization.structured import (
     StructuredScheme,
     ZerO,
 )
+from lightning_init.monitor.observe import observe
+from lightning_init.monitor.stats import LayerStats
 
 __all__ = [
     "SCHEMES",
@@ -50,6 +52,7 @@ __all__ = [
     "InitCLI",
     "InitCallback",
     "InitReport",
+    "LayerStats",
     "Normal",
     "Orthogonal",
     "Role",
@@ -68,6 +71,7 @@ __all__ = [
     "fans_of",
     "gain_of",
     "initialize",
+    "observe",
     "plan",
     "register",
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_init.monitor import recorder as recorder_file
+from lightning_init.monitor import ranks
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.stats import DEFAULT_STATS, LayerStats
@@ -141,5 +141,10 @@ def test_apples_devices_have_no_float64() -> None:
     assert Recorder([], DEFAULT_STATS, torch.device("mps")).device == CPU
 
 
-def test_one_process_sends_itself_its_message() -> None:
-    assert recorder_file._gathered("hello") == ["hello"]
+def test_one_process_is_all_ranks() -> None:
+    vector = torch.tensor([1.0, 2.0])
+    ranks.reduce_(vector)
+    ranks.reduce_(vector, maximum=True)
+    assert vector.tolist() == [1.0, 2.0]
+    assert ranks.gathered("hello") == ["hello"]
+    assert ranks.world_size() == 1

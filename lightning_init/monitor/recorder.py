@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_init.monitor.extras import ADDITIVE
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN, Layout, Slot, in_one_order, slots_of
 from lightning_init.monitor.norms import Norms, whole_gradients
+from lightning_init.monitor.ranks import gathered, world_size
 from lightning_init.monitor.reading import Reading
 from lightning_init.monitor.second import Second
 from lightning_init.monitor.state import PackedState
@@ -44,7 +44,7 @@ class Recorder:
         self.stats = tuple(stats)
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
         self.tap = Tap(layers, stats, on_fault=self._hook_fault)
-        self.norms = Norms(layers, stats, _world_size())
+        self.norms = Norms(layers, stats, world_size())
         self.fault: str | None = None
         self.off: str | None = None
         self._layout: Layout | None = None
@@ -105,7 +105,7 @@ class Recorder:
     def _agree(self, records: dict[str, Record]) -> None:
         """All ranks learn all slots, known ones first in line, and each other's faults."""
         known = list(self._layout.slots) if self._layout else []
-        hellos = _gathered(_Hello(in_one_order([slots_of(records), known]), self.fault))
+        hellos = gathered(_Hello(in_one_order([slots_of(records), known]), self.fault))
         faults = [f"rank {rank}: {hello.fault}" for rank, hello in enumerate(hellos) if hello.fault]
         if faults:
             self.off = "; ".join(faults)
@@ -145,16 +145,3 @@ class Recorder:
 
     def _hook_fault(self, layer: str, error: Exception) -> None:
         self.fail(f"hook on layer {layer!r}", error)
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gathered(message: Any) -> list[Any]:
-    """Every rank's message, in rank order. Only when ranks first meet, or have something new to say."""
-    if _world_size() == 1:
-        return [message]
-    messages: list[Any] = [None] * _world_size()
-    dist.all_gather_object(messages, message)
-    return messages

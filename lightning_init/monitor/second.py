@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_init.monitor.central import about
 from lightning_init.monitor.layout import Layout
+from lightning_init.monitor.ranks import reduce_
 from lightning_init.monitor.tap import Record
 
 
@@ -31,10 +31,10 @@ class Second:
         """One collective per statistic; a rank that cannot tell its part makes it NaN for this step."""
         if "activation_max" in self._stats:
             self.largest = self._guarded(self._own_largest, on_fault)
-            _reduced(self.largest, dist.ReduceOp.MAX)
+            reduce_(self.largest, maximum=True)
         if "kurtosis" in self._stats:
             self.fourth = self._guarded(lambda: self._own_fourth(total), on_fault)
-            _reduced(self.fourth, dist.ReduceOp.SUM)
+            reduce_(self.fourth)
 
     def _guarded(self, own: Callable[[], Tensor], on_fault: Callable[[str, Exception], None]) -> Tensor:
         try:
@@ -62,8 +62,3 @@ class Second:
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._layout.layers), dtype=torch.float64, device=self._layout.device)
-
-
-def _reduced(vector: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(vector, op=operation)

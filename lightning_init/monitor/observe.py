@@ -1,0 +1,85 @@
+"""The monitor without Lightning: a context manager around any forward and backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import get_args
+
+import torch
+from torch import nn
+
+from lightning_init.monitor.eager import EagerMoment
+from lightning_init.monitor.layers import find_layers, select_layers
+from lightning_init.monitor.ranks import world_size
+from lightning_init.monitor.recorder import Recorder
+from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
+
+_NEED_A_STEP = frozenset({"update_ratio", "gradient_norm_clipped"})
+
+
+class observe:
+    """Measure every layer's output and gradient in a block of plain PyTorch, with the monitor's own numbers.
+
+    All forward and backward passes inside the block count; norms are those of ``parameter.grad`` when ``compute``
+    is called. Where ``torch.distributed`` is initialised, all ranks have to do the same, and gradients are those of
+    the mean of their losses.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> with observe(model, stats=["activation_variance", "gradient_norm"]) as watching:
+    ...     model(torch.randn(16, 4)).square().mean().backward()
+    >>> stats = watching.compute()
+    >>> list(stats.values["activation_variance"]), list(stats.values["gradient_norm"])
+    (['0', '1', '2'], ['0', '2', 'total'])
+
+    Args:
+        model: any module; it may be wrapped or compiled. Compiled code runs eagerly inside the block.
+        layers: globs on layer names; None: every layer.
+        stats: the statistics; None: the monitor's default set. Those about an optimizer's step are not to be had.
+
+    Raises:
+        ValueError: a glob matches no layer; a statistic does not exist, or needs an optimizer's step.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, layers: Sequence[str] | None = None, stats: Sequence[StatName] | None = None
+    ) -> None:
+        chosen = chosen_stats(stats)
+        if unfit := _NEED_A_STEP.intersection(chosen):
+            allowed = ", ".join(stat for stat in get_args(StatName) if stat not in _NEED_A_STEP)
+            raise ValueError(
+                f"observe sees no optimizer step, which {sorted(unfit)} would need; allowed are {allowed}. "
+                "ActivationVarianceMonitor has all of them."
+            )
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self._model = model
+        self._recorder = Recorder(select_layers(find_layers(model), layers), chosen, device)
+        self._eager = EagerMoment()
+        self._stats: LayerStats | None = None
+
+    def __enter__(self) -> observe:
+        self._recorder.start()
+        self._stats = None
+        self._eager.start()
+        self._recorder.tap.attach()
+        self._recorder.tap.gradient_factor = 1.0 / world_size()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._recorder.tap.detach()
+        self._eager.stop()
+
+    def compute(self) -> LayerStats:
+        """The statistics of the block. A collective where there are ranks.
+
+        Raises:
+            RuntimeError: a measurement has failed, on whichever rank.
+        """
+        if self._stats is None:
+            self._recorder.before_step(self._model.parameters())
+            self._stats = self._recorder.exchange()
+            if self._stats is None:
+                raise RuntimeError(f"the observation has failed: {self._recorder.off or self._recorder.fault}")
+        return self._stats

@@ -1,0 +1,30 @@
+"""The ranks there are, one if there are none."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+Message = TypeVar("Message")
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gathered(message: Message) -> list[Message]:
+    """Every rank's message, in rank order. Slow: only when ranks first meet, or have something new to say."""
+    if world_size() == 1:
+        return [message]
+    messages: list[Message] = [message] * world_size()
+    dist.all_gather_object(messages, message)
+    return messages
+
+
+def reduce_(vector: Tensor, *, maximum: bool = False) -> None:
+    """Make ``vector`` the sum (or maximum) of all ranks' in place: one collective."""
+    if world_size() > 1:
+        dist.all_reduce(vector, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
