@@ -25,7 +25,7 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
         >>> print(explain("Parser key 'when': Expected a typing.Literal['fresh', 'always']. Got value: frehs"))
         when: 'frehs' is not one of fresh, always; did you mean 'fresh'?
     """
-    unknown_key = re.search(r"(?:unrecognized arguments: -*|does not accept option ')([\w.]+)", message)
+    unknown_key = re.search(r"(?:[Uu]nrecognized arguments: -*|does not accept option ')([\w.]+)", message)
     if unknown_key:
         return _unknown_key(unknown_key[1], list(known_keys))
     line = _unknown_argument(message) or _unknown_class(message) or _wrong_class(message) or _wrong_value(message)
@@ -86,15 +86,15 @@ def _wrong_class(message: str) -> str:
 def _wrong_value(message: str) -> str:
     """A value that is none of the choices, or of another type."""
     # The innermost paragraph closes first: what precedes the first "value" is about that value.
-    innermost, _, rest = re.split(r"(Given value|Got value): ", f"{message}\nGiven value: ", maxsplit=1)
-    value, expected = rest.split("\n", 1)[0].strip(), innermost.rpartition("Errors:")[2]
+    innermost, found_by, rest = re.split(r"(Given value|Got value): ", f"{message}\nGiven value: ", maxsplit=1)
+    value = rest.split("\n", 1)[0].strip()
+    expected = innermost.rpartition("Errors:" if found_by == "Given value" else "\n")[2]
     choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", expected)
     if choices and value:
         names = re.findall(r"'([^']*)'", choices[-1])
         return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
     if "Expected a dot import path string" in expected:
         return f"{value!r} is neither the import path of a class nor a block of arguments"
-    types = [
-        "null" if name == "NoneType" else name for name in re.findall(r"Expected (?:an? )?<class '(.*?)'>", expected)
-    ]
-    return f"{value!r} is not of type {' or '.join(dict.fromkeys(types))}" if types and value else ""
+    types = sorted(re.findall(r"Expected (?:an? )?<class '(.*?)'>", expected), key="NoneType".__eq__)
+    names = ["null" if name == "NoneType" else name for name in dict.fromkeys(types)]
+    return f"{value!r} is not of type {' or '.join(names)}" if names and value else ""

@@ -86,7 +86,7 @@ def test_imports_point_down(file: Path) -> None:
 
 def test_no_file_imports_itself_through_others() -> None:
     graph = {file: own_imports_of(file) for file in FILES}
-    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)  # a cycle raises CycleError
+    assert set(TopologicalSorter(graph).static_order()) >= set(FILES)  # a cycle raises CycleError
 
 
 @pytest.mark.parametrize(
