@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_init.names import clean_name
@@ -99,6 +101,16 @@ def weight_norm_of(module: nn.Module, attribute: str) -> WeightNorm | None:
     """The hook of ``torch.nn.utils.weight_norm`` that computes this attribute, if there is one."""
     hooks = module._forward_pre_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, WeightNorm) and hook.name == attribute), None)
+
+
+def recomputing_hook_of(module: nn.Module, attribute: str) -> SpectralNorm | BasePruningMethod | None:
+    """The hook of pruning or of the older spectral_norm that computes this attribute, if there is one."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm) and hook.name == attribute:
+            return hook
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name == attribute:
+            return hook
+    return None
 
 
 def parametrizations_of(place: Place) -> ParametrizationList | None:

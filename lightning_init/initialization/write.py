@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_init.initialization.distributions import Distribution
 from lightning_init.initialization.draw import Block, one_thread_each, run_on_all_cores
-from lightning_init.initialization.places import Place, parametrizations_of, weight_norm_of
+from lightning_init.initialization.places import Place, parametrizations_of, recomputing_hook_of, weight_norm_of
 from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.values import (
     Measured,
@@ -25,6 +27,9 @@ from lightning_init.initialization.values import (
     whole,
 )
 from lightning_init.initialization.window import Window, window_of
+
+POWER_ITERATIONS = 15
+"""As many as torch takes when a spectral norm is registered; training adds one at every step."""
 
 
 def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
@@ -44,6 +49,8 @@ def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
         for index, assignment in drawn:
             if _is_computed(assignment.place):
                 measured[index] += _write_through(assignment, seed)
+            elif assignment.place.via == "recomputed":
+                _recompute(assignment.place)
             _zero_padding_row(assignment)
             _replace_shards_checksum(assignment, seed, measured[index])
     return measured
@@ -96,6 +103,7 @@ def _write_through(assignment: Assignment, seed: int) -> Measured:
         _set_weight_norm(place, values)
     else:
         _set_parametrized(place, values)
+    _settle_spectral_norms(place)
     now = place.current
     now = now.full_tensor() if isinstance(now, DTensor) else now
     measured = measure(now, parts[0].values)
@@ -113,6 +121,32 @@ def _set_parametrized(place: Place, values: Tensor) -> None:
     originals = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
     for original, value in zip(originals, [inverse] if isinstance(inverse, Tensor) else inverse, strict=True):
         _put(original, value)
+
+
+def _settle_spectral_norms(place: Place) -> None:
+    """Let spectral norms find the largest singular value of new weights, which they estimate while training only.
+
+    An evaluation before the first step, such as the sanity check, would divide by the product with stale vectors.
+    """
+    steps = [step for step in parametrizations_of(place) or () if isinstance(step, _SpectralNorm)]
+    modes = [step.training for step in steps]
+    for step in steps:
+        step.training = True
+    for _ in range(POWER_ITERATIONS if steps else 0):
+        getattr(place.module, place.attribute)  # reading is what iterates
+    for step, mode in zip(steps, modes, strict=True):
+        step.training = mode
+
+
+@torch.no_grad()
+def _recompute(place: Place) -> None:
+    """What a hook computes from the parameter at every forward pass, so that it is right before the next one too."""
+    hook = recomputing_hook_of(place.module, place.attribute)
+    if isinstance(hook, SpectralNorm):
+        for _ in range(POWER_ITERATIONS):  # as for the newer one
+            hook.compute_weight(place.module, do_power_iteration=True)
+    if hook is not None:
+        hook(place.module, ())
 
 
 def _set_weight_norm(place: Place, values: Tensor) -> None:
