@@ -14,6 +14,7 @@ from tests.lifecycle import (
     EXPECTED_WARNINGS,
     FINDERS,
     NOT_SHARDED,
+    ON_META,
     Case,
 )
 from tests.lifecycle.setting import Setting, assert_kept, initialized, new_callback, small_mlp
@@ -32,6 +33,11 @@ def test_on_ddp(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.__name__)
 def test_on_fsdp2(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2", tmp_path))
+
+
+@pytest.mark.parametrize("case", ON_META, ids=lambda case: case.__name__)
+def test_on_fsdp2_from_meta(case: Case, tmp_path: Path) -> None:
+    run_ranks(case, 2, Setting("fsdp2 meta", tmp_path))
 
 
 @pytest.mark.parametrize("case", FINDERS, ids=lambda case: case.__name__)

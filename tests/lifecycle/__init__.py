@@ -97,6 +97,17 @@ NOT_SHARDED: list[Case] = [
 # ... and batch size finders on several devices.
 ONE_DEVICE: list[Case] = [tuner_scale_batch_size, batch_size_finder]
 
+# The memory of a model made on meta comes late: what is in it is neither fresh nor trained.
+ON_META: list[Case] = [
+    first_fit,
+    second_fit,
+    second_fit_in_a_new_trainer,
+    resume_from_a_path,
+    fit_after_validating_a_checkpoint,
+    trained_weights_are_refused,
+    weights_only_file_is_refused,
+]
+
 # What Lightning says about some of these cases, whatever the callbacks are.
 EXPECTED_WARNINGS = [
     r"ignore:.*ckpt_path=.last.*is set, but there is no last checkpoint available:UserWarning",

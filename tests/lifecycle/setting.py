@@ -42,6 +42,7 @@ MAKE_TRAINER: dict[str, Callable[..., Trainer]] = {
     "single": make_trainer,
     "ddp": make_ddp_trainer,
     "fsdp2": make_fsdp2_trainer,  # a checkpoint is a folder of shards
+    "fsdp2 meta": make_fsdp2_trainer,  # the model is made without memory
     "fsdp2 one file": partial(make_fsdp2_trainer, one_file=True),
 }
 
@@ -50,7 +51,7 @@ MAKE_TRAINER: dict[str, Callable[..., Trainer]] = {
 class Setting:
     """Where a case runs: the strategy, and a folder that all its ranks share."""
 
-    strategy: Literal["single", "ddp", "fsdp2", "fsdp2 one file"]
+    strategy: Literal["single", "ddp", "fsdp2", "fsdp2 meta", "fsdp2 one file"]
     folder: Path
 
     @property
@@ -64,8 +65,10 @@ class Setting:
 
     def model(self, build: Callable[[], nn.Module] = small_mlp, **options: Any) -> RecordingModule:
         torch.manual_seed(int(os.environ.get("RANK", 0)))
-        kind = RecordingShardedModule if self.strategy.startswith("fsdp2") else RecordingModule
-        return kind(build, batch_size=16, **{"learning_rate": 1e-2, **options})
+        options = {"batch_size": 16, "learning_rate": 1e-2, **options}
+        if not self.strategy.startswith("fsdp2"):
+            return RecordingModule(build, **options)
+        return RecordingShardedModule(build, "meta" if self.strategy == "fsdp2 meta" else "cpu", **options)
 
     def trained(self, *callbacks: Callback, name: str = "trained.ckpt") -> tuple[Path, Weights]:
         """A checkpoint after one epoch, and the weights in it."""
