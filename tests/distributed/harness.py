@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -208,11 +209,10 @@ class _Ranks:
 def _forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    if multiprocessing.forkserver._forkserver._forkserver_pid is None:  # type: ignore[attr-defined]
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # no thread may exist in a process that is going to be forked
-        multiprocessing.forkserver.ensure_running()
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # no thread may exist in a process that is going to be forked
+    forkserver.ensure_running()
+    os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     return context
 
 
@@ -268,8 +268,8 @@ def _become_rank(job: Job) -> None:
         GLOO_SOCKET_IFNAME=next(name for _, name in socket.if_nameindex() if name.startswith("lo")),
     )
     torch.set_num_threads(job.threads)
-    warnings.filters[:] = job.warning_filters  # type: ignore[index]
-    warnings._filters_mutated()  # type: ignore[attr-defined]
+    warnings.resetwarnings()
+    warnings.filters.extend(job.warning_filters)  # type: ignore[attr-defined]
     rank_zero.rank_zero_only.rank = rank_zero_only.rank = job.rank  # was set to 0 when the forkserver imported it
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=job.timeout))
     dist.init_process_group(
