@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from lightning_init import SCHEMES, InitCallback, Rule, initialize, plan
 from lightning_init.initialization.signs import signs_of_training
@@ -112,6 +113,7 @@ def uniform(width: float, *shape: int) -> nn.Linear:
         partial(uniform, (6 / 118) ** 0.5, 98, 20),  # Xavier's is 1 % wider than torch's
         partial(with_weights, partial(nn.Linear, 8, 4, bias=False), partial(nn.init.normal_, std=0.17)),
         partial(with_weights, partial(nn.Linear, 8, 32, bias=False), partial(nn.init.normal_, std=0.13)),
+        partial(with_weights, partial(nn.Linear, 16, 16, bias=False), nn.init.normal_),
     ],
 )
 def test_an_authors_own_interval_is_no_sign(build: Build) -> None:
@@ -154,6 +156,10 @@ EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
      r"weight: its rows differ .*"),
     (lambda: filled(nn.ConvTranspose1d(32, 64, 1, bias=False), weight=RAMP[:, None, None] * torch.randn(32, 64, 1)),
      r"weight: its input columns .*"),
+    (lambda: filled(prune.identity(nn.Linear(32, 64, bias=False), "weight"), weight_orig=RAMP * torch.randn(64, 32)),
+     r"weight_orig: its input columns .*"),
+    (lambda: filled(nn.Linear(32, 64, bias=False, dtype=torch.complex64), weight=RAMP * torch.randn(64, 32)),
+     r"weight: its input columns .*"),
     (lambda: filled(nn.Linear(32, 64, bias=False), weight=RAMP * torch.randn(64, 32)), r"weight: its input columns .*"),
 ]  # fmt: skip
 
@@ -164,6 +170,7 @@ def test_the_evidence_is_named(build: Build, words: str) -> None:
     assert sign
 
 
+CUT_AT_ONE_STD = nn.init.trunc_normal_(torch.empty(256, 64), 0, 0.25, -0.25, 0.25)
 TWO_SIZES = torch.tensor([[1.0], [1.12]])
 NO_EVIDENCE: list[Callable[[], nn.Module]] = [
     # Nothing but an author's draw moves one of two parameters that a step moves both.
@@ -172,13 +179,17 @@ NO_EVIDENCE: list[Callable[[], nn.Module]] = [
     lambda: filled(nn.Linear(4, 32), bias=1e-6 * RAMP),
     lambda: filled(nn.MultiheadAttention(32, 2), in_proj_bias=1e-6 * RAMP.repeat(3)),
     # As flat as a uniform draw and without its edges, but of another size than torch's.
-    lambda: filled(nn.Linear(64, 256, bias=False), weight=nn.init.trunc_normal_(torch.empty(256, 64), 0, 1, -1, 1)),
+    lambda: filled(nn.Linear(64, 256, bias=False), weight=CUT_AT_ONE_STD),
     lambda: filled(nn.LSTM(4, 32), bias_ih_l0=torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(32)),
     # Outputs may differ: gates of different sizes are packed in one matrix.
     lambda: filled(nn.Linear(32, 64, bias=False), weight=torch.cat([torch.randn(32, 32), 1e-3 * torch.randn(32, 32)])),
     # Two inputs are joined in one matrix, each with its own number of terms; or some of them are cut off.
     lambda: filled(nn.Linear(2048, 64, bias=False), weight=torch.randn(64, 2, 1024).mul(TWO_SIZES).flatten(1)),
     lambda: filled(nn.Linear(64, 64, bias=False), weight=torch.randn(64, 64).mul(torch.arange(64) < 32)),
+    # Rounded values are no longer spread evenly: there may be too few between the bound and the largest.
+    lambda: uniform(1.1 / 16, 1562, 256).to(torch.bfloat16),
+    lambda: nn.Linear(64, 64, dtype=torch.complex64),
+    lambda: nn.Linear(64, 64, device="meta"),
     lambda: nn.Embedding(32, 64, padding_idx=0),
     lambda: nn.Linear(4, 1),
 ]

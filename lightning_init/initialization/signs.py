@@ -79,29 +79,37 @@ def _parameter_signs(step: Assignment) -> Iterator[str]:
         return
     values = torch.cat(parts)
     span = f"{step.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
-    if role.kind == "bias" and isinstance(role.default, Uniform):
-        if any(_bias_has_moved(part, role.default) for part in parts):
-            yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
-    elif role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
+    if role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
         if any(not _is_constant(part) and float(part.abs().max()) > NEXT_TO_ZERO for part in parts):
             yield f"{span} is not constant, as a fresh {type(step.place.module).__name__}'s is"
-    elif role.kind == "weight" and isinstance(role.default, Uniform) and _has_left(values, role.default, step):
+    elif _is_no_longer_uniform(step, role, parts):
+        assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
     elif role.kind in ("weight", "embedding") and _inputs_differ(step, role):
         what = "rows" if role.kind == "embedding" else "input columns"
         yield f"{step.name}: its {what} differ in size by more than chance"
 
 
+def _is_no_longer_uniform(step: Assignment, role: Role, parts: list[Tensor]) -> bool:
+    """Whether a bias or a weight that its module draws uniformly has moved on; real numbers only."""
+    if not isinstance(role.default, Uniform) or step.place.parameter.is_complex():
+        return False
+    if role.kind == "bias":
+        return any(_bias_has_moved(part, role.default) for part in parts)
+    return role.kind == "weight" and _has_left(torch.cat(parts), role.default, step)
+
+
 def _parts(step: Assignment) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
     window = window_of(step.place.parameter)
     size = window.whole_shape.numel() // len(step.slices)
-    flat = _real(window.local).reshape(-1)
+    flat = _magnitudes(window.local).reshape(-1)
     overlaps = [window.overlap(Block(i * size, (i + 1) * size, 0)) for i in range(len(step.slices))]
     return [flat[overlap[0]] for overlap in overlaps if overlap is not None]
 
 
-def _real(values: Tensor) -> Tensor:
+def _magnitudes(values: Tensor) -> Tensor:
+    """Complex numbers by their size: it is constant where they are, and has their mean square."""
     return values.abs().float() if values.is_complex() else values.float()
 
 
@@ -176,7 +184,7 @@ def _inputs_differ(step: Assignment, role: Role) -> bool:
     measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
-    local = _real(window_of(step.place.parameter).local)
+    local = _magnitudes(window_of(step.place.parameter).local)
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)
