@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+DEFAULT_STATS = ("activation_variance", "signal_variance", "gradient_variance", "gradient_norm", "dead_units")
 Batch = tuple[Tensor, Tensor]
 """Inputs and classes (or targets) of one micro-batch on one rank."""
 
@@ -104,8 +105,10 @@ def expected_tags(
     names: Iterable[str] | None = None,
     unit_dims: Mapping[str, int] | None = None,
     rectifiers: Iterable[str] = (),
+    bounded: Mapping[str, tuple[float, float]] | None = None,
+    stats: Sequence[str] = DEFAULT_STATS,
 ) -> dict[str, float]:
-    """All default statistics of one optimizer step.
+    """The statistics of one optimizer step, as far as they are there before it.
 
     Args:
         network: in float64; its gradients are left in it.
@@ -114,6 +117,8 @@ def expected_tags(
         names: layers; None: every leaf.
         unit_dims: dimension of a layer's units where it is not the last.
         rectifiers: layers that can have dead units.
+        bounded: ends of the range of layers that saturate.
+        stats: what to tell.
     """
     leaves = [n for n, m in network.named_modules() if n and not any(m.children()) and _is_layer(m)]
     names = leaves if names is None else list(names)
@@ -127,15 +132,17 @@ def expected_tags(
     for name in names:
         if outputs := watched.outputs[name]:
             units = [_as_rows(output, (unit_dims or {}).get(name, -1)) for output in outputs]
-            tags |= _output_tags(prefix + name, units, name in rectifiers)
+            tags |= _output_tags(prefix + name, units, name in rectifiers, (bounded or {}).get(name))
         if gradients := watched.gradients[name]:
             tags[f"gradient_variance/{prefix}{name}"] = _variance(torch.cat([g.flatten() for g in gradients]))
         own = [p.grad for p in dict(network.named_modules())[name].parameters() if p.grad is not None]
         if own:
-            tags[f"gradient_norm/{prefix}{name}"] = sum(float((g**2).sum()) for g in own) ** 0.5
-    every = [p.grad for p in network.parameters() if p.grad is not None]
-    tags["gradient_norm/total"] = sum(float((g**2).sum()) for g in every) ** 0.5
-    return tags
+            tags[f"gradient_norm/{prefix}{name}"] = _norm(own)
+        if weights := list(dict(network.named_modules())[name].parameters()):
+            tags[f"weight_norm/{prefix}{name}"] = _norm(weights)
+    tags["gradient_norm/total"] = _norm([p.grad for p in network.parameters() if p.grad is not None])
+    tags["weight_norm/total"] = _norm(network.parameters())
+    return {tag: value for tag, value in tags.items() if tag.partition("/")[0] in stats}
 
 
 def assert_tags_close(
@@ -157,17 +164,31 @@ def _as_rows(output: Tensor, unit_dim: int) -> Tensor:
     return output.movedim(unit_dim, -1).reshape(-1, output.shape[unit_dim])  # [samples and positions, units]
 
 
-def _output_tags(name: str, units: list[Tensor], rectifies: bool) -> dict[str, float]:
+def _output_tags(name: str, units: list[Tensor], rectifies: bool, ends: tuple[float, float] | None) -> dict[str, float]:
     by_width = {width: torch.cat([u for u in units if u.shape[1] == width]) for width in {u.shape[1] for u in units}}
     per_unit = torch.cat([rows.var(0, correction=0) for rows in by_width.values()])
+    everything = torch.cat([u.flatten() for u in units])
+    variance = _variance(everything)
     tags = {
-        f"activation_variance/{name}": _variance(torch.cat([u.flatten() for u in units])),
+        f"activation_variance/{name}": variance,
         f"signal_variance/{name}": float(per_unit.mean()),
+        f"activation_mean/{name}": float(everything.mean()),
+        f"activation_rms/{name}": float((everything**2).mean().sqrt()),
+        f"activation_max/{name}": float(everything.abs().max()),
+        f"kurtosis/{name}": float(((everything - everything.mean()) ** 4).mean()) / variance**2 if variance else 0.0,
     }
+    if ends:
+        margin = (ends[1] - ends[0]) / 100
+        flat = (everything < ends[0] + margin) | (everything > ends[1] - margin)
+        tags[f"saturation/{name}"] = float(flat.double().mean())
     if rectifies:
         dead = torch.cat([~(rows > 0).any(0) for rows in by_width.values()])
         tags[f"dead_units/{name}"] = float(dead.double().mean())
     return tags
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return sum(float((tensor.detach().double() ** 2).sum()) for tensor in tensors) ** 0.5
 
 
 def _variance(values: Tensor) -> float:
