@@ -1,0 +1,76 @@
+"""What the hooks leave behind: nothing in memory, in a saved model, or in a failing pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_init.monitor.layers import find_layers
+from lightning_init.monitor.stats import DEFAULT_STATS
+from lightning_init.monitor.tap import Tap, in_backward_pass
+from tests.test_tap import fail, squared
+
+
+def test_activations_are_let_go() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    kept: list[weakref.ref[Tensor]] = []
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
+    squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
+    gc.collect()
+    assert kept[0]() is None
+    handle.remove()
+    tap.detach()
+
+
+def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[tuple[str, str]] = []
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error))))
+    tap.attach()
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("lightning_init.monitor.tap.observe", broken)
+    network(torch.randn(8, 6))
+    assert faults == [("0", "broken"), ("1", "broken")]
+    tap.detach()
+
+
+def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(network), pickle.loads(pickle.dumps(network)), torch.load(buffer, weights_only=False)]
+    x = torch.randn(8, 6)
+    for twin in twins:
+        assert torch.equal(twin(x), network[1](network[0](x)))
+        tap.empty()
+        twin(x).sum().backward()
+        assert tap.empty() == {}
+    tap.detach()
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_backward_pass_knows_itself() -> None:
+    inside: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: inside.append(in_backward_pass()))  # type: ignore[no-untyped-call]
+    assert not in_backward_pass()
+    y.sum().backward()
+    assert inside == [True]
+    assert not in_backward_pass()
