@@ -10,9 +10,7 @@ import pytest
 
 
 def test_the_network_is_refused_by_name() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"must not use the network: it tried to reach \('192\.0\.2\.1', 80\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"must not use the network: it tried to reach \('192\.0\.2\.1', 80\)"):
         socket.create_connection(("192.0.2.1", 80), timeout=1)
 
 
