@@ -187,11 +187,6 @@ def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -
     assert distribution.target_std == pytest.approx(math.sqrt(3 / fan), rel=1e-12)
 
 
-def test_the_gain_of_an_activation_replaces_the_schemes_own() -> None:
-    assert SCHEMES["he_normal"].gain == math.sqrt(2)
-    assert VarianceScaling(2.0).resolve(Fans(100, 1), gain=3.0).target_std == pytest.approx(0.3, rel=1e-15)
-
-
 def test_fans_that_are_no_number() -> None:
     """A lookup table's input has no gradient, so no fan_out."""
     table = Fans(1.0, math.nan)

@@ -101,12 +101,6 @@ def test_complex_matrices_are_unitary(layer: str, dtype: torch.dtype) -> None:
         assert_orthonormal(matrix, expansion(*matrix.shape), atol=1e-6)
 
 
-def test_slices_and_groups_are_different_matrices() -> None:
-    for layer in ("LSTM", "Conv2d grouped", "MultiheadAttention"):
-        first, second, *_ = matrices(drawn("orthogonal", layer), layer)
-        assert (first - second).abs().max() > 0.01
-
-
 def test_expanding_keeps_the_variance_only_with_the_gain() -> None:
     x = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
     kept, lost = (drawn_linear(128, 512, Orthogonal(keep_variance)) for keep_variance in (True, False))
@@ -262,6 +256,16 @@ def test_sparse_keeps_the_variance_and_is_normal_where_it_is_not_zero() -> None:
     # The sum over a row of 100 squares of N(0, 1/100) is 1; the std of 30,000 normals is right to 5/√60000.
     assert weight.square().sum(1).mean().sqrt().item() == pytest.approx(1.0, rel=5 / math.sqrt(2 * len(values)))
     assert drawn_linear(1000, 300, Sparse(0.9, std=2.0))[weight != 0].std().item() == pytest.approx(2.0, rel=0.03)
+
+
+def test_complex_sparse_matrices_have_the_same_variance() -> None:
+    built = Sparse(0.5).build(Matrix(100, 60, is_complex=True), 1.0, stream(0))
+    values = built[built != 0]
+    assert len(values) == 100 * 30
+    # |z|² of 3000 complex normals is a sum of 6000 squares: its root is right to 1/√12000, five of those.
+    expected = pytest.approx(Sparse(0.5).target_rms(Matrix(100, 60), 1.0), rel=5 / math.sqrt(12000))
+    assert built.abs().square().mean().sqrt().item() == expected
+    assert values.real.std().item() == pytest.approx(values.imag.std().item(), rel=0.1)
 
 
 def test_sparse_chooses_every_place_equally_often_and_by_the_seed() -> None:
