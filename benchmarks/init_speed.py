@@ -1,6 +1,6 @@
 """How long initialisation takes, as ratios to ``torch.nn.init`` in the same run: medians of alternating rounds.
 
-Run it on a quiet machine: ``python benchmarks/init_speed.py``.
+Run it on a quiet machine: ``python -m benchmarks.init_speed``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
@@ -75,28 +75,30 @@ def extra_memory(function: Callable[[], object], parameter_bytes: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / parameter_bytes
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    layer, model = bare_linear(SIDE), model_of_25m()
+    parser.add_argument("--side", type=int, default=SIDE, help="of the square matrices")
+    asked = parser.parse_args(arguments)
+    rounds, side = asked.rounds, asked.side
+    layer, model = bare_linear(side), model_of_25m()
     weight = layer.weight
     nbytes = weight.numel() * 4
     memory = extra_memory(lambda: initialize(layer, Normal(STD)), nbytes)
     truncated = TruncatedNormal(STD)
     bound = truncated.bound
     cases: list[tuple[str, str, Callable[[], object], Callable[[], object], int]] = [
-        ("normal, 4096²", "nn.init.normal_", lambda: initialize(layer, Normal(STD)),
+        (f"normal, {side}²", "nn.init.normal_", lambda: initialize(layer, Normal(STD)),
          lambda: nn.init.normal_(weight, std=STD), rounds),
-        ("normal cut at ±2 std, 4096²", "nn.init.trunc_normal_", lambda: initialize(layer, truncated),
+        (f"normal cut at ±2 std, {side}²", "nn.init.trunc_normal_", lambda: initialize(layer, truncated),
          lambda: nn.init.trunc_normal_(weight, std=bound / 2, a=-bound, b=bound), max(3, rounds // 2)),
         ("he_normal, 25.6 M parameters", "a loop of nn.init calls", lambda: initialize(model),
          lambda: plain_loop(model), rounds),
-        ("orthogonal, 2 × 2048²", "nn.init.orthogonal_", lambda: initialize(pair, "orthogonal"),
+        (f"orthogonal, 2 × {side // 2}²", "nn.init.orthogonal_", lambda: initialize(pair, "orthogonal"),
          lambda: [nn.init.orthogonal_(one.weight) for one in pair], 3),
     ]  # fmt: skip
-    pair = nn.ModuleList([bare_linear(SIDE // 2), bare_linear(SIDE // 2)])
+    pair = nn.ModuleList([bare_linear(side // 2), bare_linear(side // 2)])
     table = Table(
         title=f"{datetime.date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}"
@@ -112,8 +114,8 @@ def main() -> None:
     alone, _, _ = compare(lambda: initialize(layer, Normal(STD)), lambda: None, rounds)
     torch.set_num_threads(threads)
     together, _, _ = compare(lambda: initialize(layer, Normal(STD)), lambda: None, rounds)
-    print(f"normal, 4096²: {threads} threads are {alone / together:.2f} times as fast as one")
-    print(f"normal, 4096²: peak extra memory {memory:.2f} parameters")
+    print(f"normal, {side}²: {threads} threads are {alone / together:.2f} times as fast as one")
+    print(f"normal, {side}²: peak extra memory {memory:.2f} parameters")
 
 
 if __name__ == "__main__":
