@@ -150,12 +150,18 @@ class OwnNames(nn.Module):
         super().__init__()
         self.scale_g = nn.Parameter(torch.ones(2))
         self.kernel_orig = nn.Parameter(torch.ones(2))
+        self.table = nn.Parameter(torch.ones(2))
+        self.table_orig = nn.Parameter(torch.ones(2))
 
 
-@pytest.mark.parametrize("name", ["scale_g", "kernel_orig"])
+@pytest.mark.parametrize("name", ["scale_g", "kernel_orig", "table_orig"])
 def test_endings_alone_mean_nothing(name: str) -> None:
     place = place_of(OwnNames(), name)
     assert (place.target, place.via) == (name, "itself")
+
+
+class ParametrizedLinear(nn.Linear):
+    """The user's own, though it is called what torch would call it."""
 
 
 def test_type_names_are_the_users() -> None:
@@ -173,5 +179,6 @@ def test_type_names_are_the_users() -> None:
     class FSDPStyle(nn.Linear):
         """Likewise, inside a function and with a base."""
 
+    assert type_name(ParametrizedLinear(3, 2)) == "ParametrizedLinear"
     assert type_name(ParametrizedPolicy()) == "ParametrizedPolicy"
     assert type_name(FSDPStyle(3, 2)) == "FSDPStyle"

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_init import SCHEMES, InitCallback, Rule, initialize, plan
+from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, plan, register
+from lightning_init.initialization import roles
 from lightning_init.initialization.signs import signs_of_training
 from tests.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
 from tests.models import DigitsModule, RowLSTM, conv_net, digits, mlp
@@ -258,6 +259,17 @@ def test_when_always_draws_over_trained_weights(tmp_path: Path) -> None:
     expected = copy.deepcopy(model)
     initialize(expected, seed=3)
     assert_same(fit(model, InitCallback(seed=3, when="always")), weights_of(expected))
+
+
+def test_a_weight_of_the_model_itself_takes_the_rest_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare(DigitsModule):
+        def __init__(self) -> None:
+            super().__init__(mlp)
+            self.kernel = nn.Parameter(RAMP * torch.randn(64, 32))
+
+    monkeypatch.setattr(roles, "_registry", dict(roles._registry))
+    register(Bare, "kernel", Fans(32, 64))
+    assert refusal_of(Bare(), "kernel: its input columns") == [Rule("*", "keep")]
 
 
 def refusal_of(model: DigitsModule, evidence: str) -> list[Rule]:

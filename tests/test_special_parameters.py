@@ -172,6 +172,22 @@ def test_spectral_norms_know_the_new_weights_before_the_first_step(fitted: Fitte
     assert torch.linalg.matrix_norm(used, 2) == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("name", ["pruned", "old_spectral_norm", "old_weight_norm"])
+def test_attributes_that_hooks_compute_are_right_before_the_next_forward_pass(name: str) -> None:
+    layer: Any = LAYERS[name]()
+    initialize(layer)
+    now = layer.weight.detach().clone()
+    layer.eval()
+    layer(torch.ones(1, WIDTH))
+    torch.testing.assert_close(now, layer.weight.detach())
+
+
+def test_modes_stay_what_they_were() -> None:
+    layer: Any = LAYERS["spectral_norm"]().eval()
+    initialize(layer)
+    assert not any(module.training for module in layer.modules())
+
+
 def test_an_orthogonal_weight_is_another_orthogonal_one(fitted: Fitted) -> None:
     used = fitted.used["orthogonal"]
     torch.testing.assert_close(used @ used.T, torch.eye(WIDTH), rtol=0, atol=1e-5)
