@@ -151,6 +151,7 @@ EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: filled(nn.Linear(4, 32), bias=0.1 * RAMP), r"bias .* within ±0.5"),
     # One element is no constant.
     (lambda: filled(nn.Linear(2000, 1), weight=1.01 * nn.Linear(2000, 1).weight), r"weight .* ±0.0223607"),
+    (lambda: filled(nn.ConvTranspose1d(16, 32, 4), bias=RAMP), r"bias .* within ±0.0883883"),
     (lambda: filled(nn.LSTM(4, 32), bias_ih_l0=RAMP.repeat(4)), r"bias_ih_l0 .* within ±0.176777"),
     (lambda: filled(nn.Embedding(32, 64), weight=RAMP[:, None] * torch.randn(32, 64)), r"weight: its rows differ .*"),
     (lambda: filled(nn.Embedding(33, 64, 0), weight=torch.cat([torch.zeros(1), RAMP])[:, None] * torch.randn(33, 64)),
@@ -189,6 +190,7 @@ NO_EVIDENCE: list[Callable[[], nn.Module]] = [
     lambda: filled(nn.Linear(64, 64, bias=False), weight=torch.randn(64, 64).mul(torch.arange(64) < 32)),
     # Rounded values are no longer spread evenly: there may be too few between the bound and the largest.
     lambda: uniform(1.1 / 16, 1562, 256).to(torch.bfloat16),
+    lambda: filled(nn.ConvTranspose1d(16, 64, 4), bias=torch.rand(64) / 4 - 1 / 8),  # by its 16·4 inputs
     lambda: nn.Linear(64, 64, dtype=torch.complex64),
     lambda: nn.Linear(64, 64, device="meta"),
     lambda: nn.Embedding(32, 64, padding_idx=0),

@@ -13,6 +13,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_init.initialization.distributions import Constant, Uniform
 from lightning_init.initialization.draw import Block
@@ -95,7 +96,8 @@ def _is_no_longer_uniform(step: Assignment, role: Role, parts: list[Tensor]) -> 
     if not isinstance(role.default, Uniform) or step.place.parameter.is_complex():
         return False
     if role.kind == "bias":
-        return any(_bias_has_moved(part, role.default) for part in parts)
+        usual = [role.default, *_by_true_fan_in(step.place.module)]
+        return all(any(_bias_has_moved(part, draw) for part in parts) for draw in usual)
     return role.kind == "weight" and _has_left(torch.cat(parts), role.default, step)
 
 
@@ -123,6 +125,13 @@ def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
         return False
     beyond = float(values.abs().max()) > drawn_from.high * _rounding(values)
     return beyond or not _has_spread_of(values, drawn_from)
+
+
+def _by_true_fan_in(module: nn.Module) -> Iterator[Uniform]:
+    """What authors draw a transposed convolution's bias from who divide by its inputs; torch divides by outputs."""
+    if isinstance(module, _ConvTransposeNd):
+        bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
+        yield Uniform(-bound, bound)
 
 
 def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
