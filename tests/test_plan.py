@@ -215,6 +215,7 @@ def test_tied_weights_are_drawn_once_by_name_and_not_by_order(head_first: bool) 
     steps = planned(Tied(head_first))
     assert steps["b_table.weight"].reason == "tied to a_head.weight"
     assert (steps["a_head.weight"].rule, steps["a_head.weight"].values) == ("tied head", (Normal(16**-0.5),))
+    assert steps["a_head.weight"].gain == 1.0
     assert steps["a_head.weight"].role == planned(Tied(not head_first))["a_head.weight"].role
     model, other = Tied(head_first), Tied(not head_first)
     initialize(model, seed=1)
