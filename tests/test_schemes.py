@@ -51,7 +51,7 @@ def one(fan_in: float, fan_out: float) -> float:
 
 
 # The std of each name, written down from the papers, and the kurtosis of its shape; None: of no elementwise shape.
-FORMULAS: Mapping[str, tuple[Std, float | None]] = {
+PAPERS: Mapping[str, tuple[Std, float | None]] = {
     "zeros": (lambda fan_in, fan_out: 0.0, None),
     "ones": (one, None),
     "standard_normal": (one, NORMAL),
@@ -112,7 +112,7 @@ def drawn(name: str, layer: str) -> Tensor:
 
 
 def test_every_name_is_in_a_table() -> None:
-    assert set(FORMULAS) | STRUCTURED | {"torch_default"} == set(SCHEMES)
+    assert set(PAPERS) | STRUCTURED | {"torch_default"} == set(SCHEMES)
 
 
 def test_the_literal_and_the_mapping_have_the_same_names_in_the_same_order() -> None:
@@ -126,10 +126,10 @@ def test_the_fans_of_the_table_are_the_modules(layer: str) -> None:
 
 
 @layers
-@pytest.mark.parametrize("name", [name for name, (_, kurtosis) in FORMULAS.items() if kurtosis])
+@pytest.mark.parametrize("name", [name for name, (_, kurtosis) in PAPERS.items() if kurtosis])
 def test_every_scheme_has_its_variance_in_every_layer(name: str, layer: str) -> None:
     """The std measured on n elements has a relative standard error of √((kurtosis - 1) / 4n): five of them."""
-    formula, kurtosis = FORMULAS[name]
+    formula, kurtosis = PAPERS[name]
     _, _, fan_in, fan_out = LAYERS[layer]
     weight = drawn(name, layer)
     assert kurtosis is not None
@@ -149,7 +149,7 @@ def test_zeros_and_ones(layer: str) -> None:
 @layers
 @pytest.mark.parametrize("name", ["he_normal", "xavier_uniform", "lecun_normal_truncated"])
 def test_every_scheme_has_its_shape(name: str, layer: str) -> None:
-    formula, kurtosis = FORMULAS[name]
+    formula, kurtosis = PAPERS[name]
     _, _, fan_in, fan_out = LAYERS[layer]
     values = (drawn(name, layer) / formula(fan_in, fan_out)).flatten().numpy()
     width = 1 / stats.truncnorm(-2, 2).std()

@@ -142,5 +142,5 @@ def test_a_block_beside_the_window_has_nothing_here() -> None:
 def test_positions_out_of_order_are_refused() -> None:
     """Blocks are found by bisection."""
     assert _flat_positions([torch.tensor([1, 2]), torch.tensor([0, 3])], torch.Size([3, 4])).tolist() == [4, 7, 8, 11]
-    with pytest.raises(ValueError, match="^a shard whose elements are not in ascending order cannot be initialised$"):
+    with pytest.raises(ValueError, match=r"^a shard whose elements are not in ascending order cannot be initialised$"):
         _flat_positions([torch.tensor([2, 1])], torch.Size([3]))
