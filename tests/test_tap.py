@@ -274,3 +274,21 @@ def test_a_view_of_a_view_is_two_outputs() -> None:
 
     torch.manual_seed(0)
     assert_equals_oracle(Split(), torch.randn(4, 5, 6))
+
+
+class Prompt(nn.Module):
+    """Hands out its very parameter, which outlives every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(8))
+
+    def forward(self) -> Tensor:
+        return self.tokens
+
+
+def test_no_hook_stays_on_a_parameter_that_was_an_output() -> None:
+    network = nn.Sequential(Prompt(), nn.Linear(8, 2))
+    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())  # type: ignore[operator]
+    assert records["0"].gradients is not None
+    assert not network[0].tokens._backward_hooks

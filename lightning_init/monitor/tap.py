@@ -179,7 +179,9 @@ class Tap:
             if known is None or known() is not base:
                 self._bases[id(base)] = weakref.ref(base)
                 tensor = base
-        tensor.register_hook(_GradientHook(self, layer))  # type: ignore[no-untyped-call]
+        handle = tensor.register_hook(_GradientHook(self, layer))  # type: ignore[no-untyped-call]
+        if tensor.is_leaf:  # a module that hands out its parameter: it outlives the batch, and so would the hook
+            self._handles.append(handle)
 
 
 def _placed(moments: Moments, share: Share) -> Moments:
