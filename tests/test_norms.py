@@ -118,3 +118,11 @@ def test_ranks_that_hold_the_same_share_it() -> None:
 def test_a_model_without_gradients() -> None:
     assert norms_of(nn.Sequential(nn.ReLU())) == {}
     assert norms_of(mlp()) == {}
+
+
+def test_complex_gradients_count_with_both_parts() -> None:
+    """A Fourier layer's weights are complex; a conversion to float64 would drop the imaginary part."""
+    gradient = torch.randn(5, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    exact = gradient.to(torch.complex128).abs().square().sum().item()
+    assert sum_of_squares(gradient).item() == pytest.approx(exact, rel=1e-12)
+    assert sum_of_squares(gradient.conj()).item() == pytest.approx(exact, rel=1e-12)

@@ -127,4 +127,6 @@ def sum_of_squares(tensor: Tensor, world_size: int = 1) -> Tensor:
         tensor = tensor.to_local()
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return moments.sum_of_squares(tensor) / copies
