@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,3 +114,59 @@ def test_default_dtype_and_device_do_not_matter() -> None:
             assert activation_of(nn.ReLU()) == Activation(True)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Augmentation(nn.Module):
+    """Draws from generators that are not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random() * float(np.random.rand())
+
+
+def test_other_random_states_stay() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    activation_of(Augmentation())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+
+
+class Owner(nn.Module):
+    """Listens to its activation with a method of its own, and must never be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.act.register_forward_hook(self.keep)
+        self.kept: list[Tensor] = []
+
+    def keep(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.kept.append(output)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Owner:
+        raise AssertionError("the whole model was copied")
+
+
+def test_hooks_of_the_user_are_neither_called_nor_followed() -> None:
+    owner, seen = Owner(), []
+    owner.act.register_forward_pre_hook(lambda module, args: seen.append(args))
+    assert activation_of(owner.act) == Activation(True)
+    assert not owner.kept
+    assert not seen
+    owner.act(torch.ones(1))
+    assert len(owner.kept) == len(seen) == 1  # the module itself still has them
+
+
+class Memory(nn.Module):
+    """A bank of many numbers, elementwise by accident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(1 << 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert activation_of(Memory()) is None
+    monkeypatch.setattr("lightning_init.monitor.elementwise._MOST_STATE", 1 << 18)
+    assert activation_of(Memory()) is not None  # it was the size

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import sys
 import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +17,8 @@ from torch import Tensor, nn
 
 _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
 _FAR = (-1e4, -1e3, 1e3, 1e4)
+_MOST_STATE = 1 << 16
+"""Elements of an activation's buffers: what holds more is a memory bank, too large to be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +47,17 @@ def activation_of(module: nn.Module) -> Activation | None:
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
     identity. A copy of the module is asked, with seven numbers together and each alone: what normalises,
     pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout.
-    The global random state stays as it was.
+    The module's hooks do not see the question, and the global random states stay as they were.
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
+    if sum(buffer.numel() for buffer in module.buffers()) > _MOST_STATE:
+        return None
     probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+    with _random_states_kept(), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            asked = copy.deepcopy(module).to("cpu").eval()
+            asked = copy.deepcopy(_without_hooks(module)).to("cpu").eval().forward
             together = asked(probe.clone())
             alone = [asked(number.reshape(1).clone()) for number in probe]
             ends = asked(far)
@@ -58,6 +67,27 @@ def activation_of(module: nn.Module) -> Activation | None:
         return None
     negative, positive = together[probe < 0], together[probe > 0]
     return Activation(bool((negative == 0).all() and (positive > 0).all()), *_limits(ends.tolist()))
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The module's own state under no hooks: they are the user's, and a method among them leads to the whole model."""
+    bare = object.__new__(type(module))
+    bare.__dict__.update({k: OrderedDict() if k.endswith("_hooks") else v for k, v in module.__dict__.items()})
+    return bare
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Those of torch, Python and NumPy: an augmentation among the modules may draw from any."""
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
 
 
 def _same_numbers(together: object, alone: list[object]) -> bool:
