@@ -17,6 +17,7 @@ from lightning_init.initialization.distributions import Constant, Normal
 from lightning_init.initialization.draw import Key, draw_all
 from lightning_init.initialization.initialize import initialize, plan
 from lightning_init.initialization.rules import Rule
+from lightning_init.initialization.schemes import SchemeName
 
 from .models import AllKinds, mlp
 from .weights import assert_differ, assert_same, weights_of
@@ -219,3 +220,21 @@ def test_he_keeps_the_variance_through_twenty_relu_layers_and_torch_does_not() -
 
 def test_alone_in_one_process() -> None:
     assert not is_distributed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["orthogonal", "sparse", "zero_init", "he_normal_truncated", "he_uniform"])
+def test_the_users_default_dtype_and_device_change_no_weight(dtype: torch.dtype, scheme: SchemeName) -> None:
+    plain, other = (nn.Linear(24, 40, device="cpu", dtype=torch.float32) for _ in range(2))
+    plain_half, other_half = (nn.Linear(24, 40, dtype=torch.bfloat16) for _ in range(2))
+    initialize(plain, scheme)
+    initialize(plain_half, scheme)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            initialize(other, scheme)
+            initialize(other_half, scheme)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(plain.weight, other.weight)
+    assert torch.equal(plain_half.weight, other_half.weight)

@@ -208,7 +208,7 @@ class TruncatedNormal(Distribution):
         block.normal_(generator=generator)
         beyond = (block.abs() > self.cut).nonzero().squeeze(1)
         while beyond.numel():
-            again = torch.empty(beyond.numel(), dtype=block.dtype).normal_(generator=generator)
+            again = torch.empty(beyond.numel(), dtype=block.dtype, device=block.device).normal_(generator=generator)
             block[beyond] = again
             beyond = beyond[again.abs() > self.cut]
         scale_and_shift_(block, self.std / truncated_std(self.cut), self.mean)

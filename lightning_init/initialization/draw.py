@@ -67,7 +67,7 @@ class Block:
 
     def draw(self, distribution: Distribution, key: Key, out: Tensor | None = None) -> Tensor:
         """The block's values as float32 on the CPU, in ``out`` where that is given. Shape: [len(self)]."""
-        values = torch.empty(len(self)) if out is None else out
+        values = _empty(len(self)) if out is None else out
         distribution.fill_(values, key.generator(self.number))
         return values
 
@@ -80,10 +80,15 @@ def blocks(start: int, stop: int) -> Iterator[Block]:
 
 def draw_all(distribution: Distribution, key: Key, count: int) -> Tensor:
     """The first ``count`` values of a stream, block after block. Shape: [count], float32 on the CPU."""
-    out = torch.empty(count)
+    out = _empty(count)
     for block in blocks(0, count):
         block.draw(distribution, key, out[block.start : block.stop])
     return out
+
+
+def _empty(count: int) -> Tensor:
+    """Whatever the user's default dtype and device are: the same seed draws the same numbers."""
+    return torch.empty(count, dtype=torch.float32, device="cpu")
 
 
 @contextmanager

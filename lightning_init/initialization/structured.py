@@ -115,7 +115,7 @@ class Identity(StructuredScheme):
     def build(self, matrix: Matrix, gain: float, draw: DrawNormal) -> Tensor:
         """Ones on the diagonal."""
         dtype = torch.complex128 if matrix.is_complex else torch.float64
-        return matrix.at_centre(torch.eye(matrix.rows, matrix.columns, dtype=dtype))
+        return matrix.at_centre(torch.eye(matrix.rows, matrix.columns, dtype=dtype, device="cpu"))
 
     def target_rms(self, matrix: Matrix, gain: float) -> float:
         """√(min(rows, columns) / number of elements)."""
@@ -228,7 +228,7 @@ def _normals(matrix: Matrix, draw: DrawNormal) -> Tensor:
 
 def _hadamard(order: int) -> Tensor:
     """Sylvester's Hadamard matrix. Shape: [2^order, 2^order], float64, elements ±1."""
-    matrix: Tensor = torch.ones(1, 1, dtype=torch.float64)
+    matrix: Tensor = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     for _ in range(order):
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
