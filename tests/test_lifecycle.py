@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_init import InitCallback
 from tests.lifecycle import (
     EVERYWHERE,
     EXPECTED_WARNINGS,
@@ -73,3 +75,31 @@ def test_fast_dev_run_initialises() -> None:
     model: LightningModule = DigitsModule(small_conv_net)
     make_trainer(fast_dev_run=True, callbacks=[new_callback()]).fit(model)
     assert model.network[-1].bias.abs().max() < 0.01  # type: ignore[index,operator]  # 0 and one step of AdamW
+
+
+def test_without_a_seed_that_of_seed_everything_decides_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One callback object in a loop over seeds must not repeat the first run."""
+    setting, callback = Setting("single", tmp_path), InitCallback("he_normal")
+    for seed in ("5", "6"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        model = setting.model()
+        setting.trainer(callback).fit(model)
+        assert callback.report is not None
+        assert callback.report.seed == int(seed)
+        assert callback.state_dict() == {"seed": int(seed)}
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    setting.trainer(callback).fit(setting.model())
+    assert callback.report.seed == 6  # drawn or read once, then kept
+
+
+def test_a_terminal_that_lacks_the_reports_characters_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    setting, callback = Setting("single", tmp_path), new_callback()
+    setting.trainer(callback).fit(setting.model())
+    assert callback.report is not None
+    assert callback.report.title.encode() in raw.getvalue()

@@ -66,6 +66,7 @@ class InitCallback(Callback):
         self.report: InitReport | None = None
         self._request = Request.of(scheme, rules, activation, bias)
         self._seed = seed
+        self._last_seed: int | None = None
         self._when = when
         self._settled: weakref.ref[LightningModule] | None = None
 
@@ -92,8 +93,8 @@ class InitCallback(Callback):
                 self._refuse_trained(pl_module)
         if came_from_meta:
             self._refuse_unknown(pl_module)
-        self._seed = self._agreed_seed(trainer)
-        self.report = carry_out(pl_module, self._request, self._seed)
+        self._last_seed = self._agreed_seed(trainer)
+        self.report = carry_out(pl_module, self._request, self._last_seed)
         self._settle(pl_module)
         host.refresh_averages(trainer, pl_module)
         self._announce(trainer, self.report)
@@ -112,12 +113,11 @@ class InitCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, so that a resumed run knows what it started from. Plain numbers only."""
-        return {"seed": self._seed}
+        return {"seed": self._seed if self._last_seed is None else self._last_seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seed of the run that is resumed, unless another was given."""
-        if self._seed is None:
-            self._seed = state_dict["seed"]
+        """Take over the seed of the run that is resumed; one that is given stays ahead of it."""
+        self._last_seed = state_dict["seed"]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the weak reference to the module, which cannot be pickled."""
@@ -161,13 +161,19 @@ class InitCallback(Callback):
         if self._seed is not None:
             return self._seed
         everything = os.environ.get("PL_GLOBAL_SEED")
-        return int(everything) if everything else int(trainer.strategy.broadcast(secrets.randbits(31)))
+        if everything:
+            return int(everything)
+        drawn = secrets.randbits(31) if self._last_seed is None else self._last_seed
+        return int(trainer.strategy.broadcast(drawn))
 
     def _announce(self, trainer: Trainer, report: InitReport) -> None:
         """Print the report on rank zero and log the whole table to TensorBoard."""
         if not trainer.is_global_zero:
             return
-        Console().print(report)
+        try:
+            Console().print(report)
+        except UnicodeEncodeError:  # a terminal of another time; the other ranks would wait for this one
+            print(str(report).encode("ascii", "replace").decode())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("initialization", report.to_markdown(), 0)
