@@ -238,3 +238,14 @@ def test_the_users_default_dtype_and_device_change_no_weight(dtype: torch.dtype,
         torch.set_default_dtype(torch.float32)
     assert torch.equal(plain.weight, other.weight)
     assert torch.equal(plain_half.weight, other_half.weight)
+
+
+def test_orthogonal_keeps_the_variance_through_a_strided_transposed_convolution() -> None:
+    """Only 1/∏s of the kernel's taps meet in one output, so the matrix alone would lose a factor of 4 here."""
+    layer = nn.ConvTranspose2d(32, 16, 4, stride=2, bias=False)
+    report = initialize(layer, "orthogonal", seed=1)
+    report.check()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        output = layer(torch.randn(64, 32, 8, 8))[:, :, 3:-3, 3:-3]  # [batch, channels, interior]
+    assert abs(output.var().item() - 1) < 0.05  # 64 independent images: a relative standard error below 1 %

@@ -14,25 +14,33 @@ from lightning_init.initialization.values import Measured
 _Answer = TypeVar("_Answer")
 
 
-def agree(names: Sequence[str], measured: Sequence[Measured]) -> list[Measured]:
+def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception | None = None) -> list[Measured]:
     """Compare what every rank wrote, and add up what each holds of the sharded parameters.
 
     Args:
         names: full name of each parameter. [parameters]
         measured: what this rank wrote of each. [parameters]
+        failure: what went wrong on this rank instead, if anything did; it is raised here.
 
     Returns:
         The sums over all ranks; ``measured`` itself where there is only one.
 
     Raises:
-        RuntimeError: on every rank, naming the first parameter that differs and the ranks that differ.
+        RuntimeError: on every rank, naming the first parameter that differs and the ranks that differ, or the rank
+            that has failed.
     """
     if not is_distributed():
+        if failure is not None:
+            raise failure
         return list(measured)
     names_hash = hashlib.sha256("\n".join(names).encode()).hexdigest()
     sums = array("d", [number for part in measured for number in (part.squares, part.count, part.is_transformed)])
-    mine = (names_hash, array("q", [part.checksum for part in measured]).tobytes(), sums.tobytes())
+    fault = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    mine = (names_hash, array("q", [part.checksum for part in measured]).tobytes(), sums.tobytes(), fault)
     every = ask_all_ranks(mine)
+    if failure is not None:
+        raise failure
+    _no_faults([rank[3] for rank in every])
     _same_names(names, [rank[0] for rank in every])
     _same_bits(names, [array("q", rank[1]) for rank in every])
     totals = [sum(column) for column in zip(*(array("d", rank[2]) for rank in every), strict=True)]
@@ -54,6 +62,12 @@ def ask_all_ranks(mine: _Answer) -> list[_Answer]:
     answers: list[_Answer] = [mine] * dist.get_world_size()
     dist.all_gather_object(answers, mine)
     return answers
+
+
+def _no_faults(faults: Sequence[str]) -> None:
+    for rank, fault in enumerate(faults):
+        if fault:
+            raise RuntimeError(f"rank {rank} could not initialise the model: {fault}")
 
 
 def _same_names(names: Sequence[str], hashes: Sequence[str]) -> None:

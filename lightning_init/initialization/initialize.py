@@ -17,7 +17,7 @@ from lightning_init.initialization.plan import Assignment, make_plan
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.structured import StructuredScheme
-from lightning_init.initialization.values import PLAIN, Measured, matrix_of
+from lightning_init.initialization.values import PLAIN, Measured, matrix_of, stride_gain
 from lightning_init.initialization.write import whole_parameters, write_all
 
 ROUNDING = 1e-4
@@ -83,11 +83,17 @@ def plan(
 def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
     """Plan, draw, write, compare between ranks, report."""
     check_integer("seed", seed)
+    assignments: list[Assignment] = []
+    measured: list[Measured] = []
+    failure: Exception | None = None
     with whole_parameters(model):
-        assignments = make_plan(model, request)
-        _refuse_meta(assignments)
-        measured = write_all(assignments, seed)
-        totals = agree([assignment.name for assignment in assignments], measured)
+        try:
+            assignments = make_plan(model, request)
+            _refuse_meta(assignments)
+            measured = write_all(assignments, seed)
+        except Exception as error:  # raised below, once every rank knows: nobody waits for a rank that has left
+            failure = error
+        totals = agree([assignment.name for assignment in assignments], measured, failure)
         entries = tuple(map(_entry, assignments, totals))
     return InitReport(request.text, seed, entries)
 
@@ -137,7 +143,8 @@ def _target(step: Assignment, measured: Measured) -> tuple[float, float]:
     for values in step.values:
         if isinstance(values, StructuredScheme):
             matrix = matrix_of(chunk, step.role or PLAIN, place.parameter.is_complex())
-            std, relative = values.target_rms(matrix, step.gain), values.sampling_error(matrix)
+            gain = step.gain * stride_gain(matrix, step.role or PLAIN)
+            std, relative = values.target_rms(matrix, gain), values.sampling_error(matrix)
             rounding = max(rounding, std * eps)  # equal elements are all rounded the same way
         else:
             std, relative = values.target_std, values.sampling_error(count)

@@ -142,11 +142,12 @@ def canary(part: Slice) -> int:
 def _structured(part: Slice, scheme: StructuredScheme, shape: tuple[int, ...], role: Role, is_complex: bool) -> Tensor:
     """Build each group of a slice as a matrix of its own and put it where the layer stores it."""
     matrix = matrix_of(shape, role, is_complex)
+    gain = part.gain * stride_gain(matrix, role)
     groups = []
     for group in range(role.groups):
         name = f"{part.key.part}/{group}" if role.groups > 1 else part.key.part
         key = Key(part.key.seed, part.key.name, name)
-        built = scheme.build(matrix, part.gain, lambda count, key=key: draw_all(Normal(), key, count))  # type: ignore[misc]
+        built = scheme.build(matrix, gain, lambda count, key=key: draw_all(Normal(), key, count))  # type: ignore[misc]
         groups.append(built.transpose(0, 1) if role.transposed else built)
     return torch.cat(groups).to(torch.complex64 if is_complex else torch.float32).reshape(shape)
 
@@ -159,6 +160,13 @@ def matrix_of(shape: tuple[int, ...], role: Role, is_complex: bool = False) -> M
     first //= role.groups
     rows, columns = (second, first) if role.transposed else (first, second)
     return Matrix(rows, columns, tuple(taps), is_complex)
+
+
+def stride_gain(matrix: Matrix, role: Role) -> float:
+    """√(taps of the kernel / taps that meet in one output): √∏s for a transposed convolution of stride s, else 1."""
+    if role.fans is None or not role.transposed:
+        return 1.0
+    return math.sqrt(matrix.columns * matrix.num_taps / role.fans.fan_in)
 
 
 def _checksum(held: Tensor) -> int:

@@ -123,3 +123,19 @@ def differ(by: str) -> str:
 def test_ranks_that_were_asked_for_different_weights(by: str, first: str) -> None:
     for message in run_ranks(differ, 2, by):
         assert message.startswith(f"parameter '{first}' was drawn differently on rank 1 than on rank 0")
+
+
+def fail_on_rank_1() -> str:
+    model = nn.Linear(4, 4) if dist.get_rank() == 0 else nn.Linear(4, 4, device="meta")
+    try:
+        initialize(model)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_nobody_waits_for_a_rank_that_has_failed() -> None:
+    """The rank that failed raises its own error, the others say which rank it was and why."""
+    others, own = run_ranks(fail_on_rank_1, 2, timeout=60)
+    assert own.startswith("ValueError: 2 parameters are on the meta device")
+    assert others.startswith("RuntimeError: rank 1 could not initialise the model: ValueError: 2 parameters are on")
