@@ -148,9 +148,7 @@ class DigitsModule(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         pixels, classes = digits()
-        return DataLoader(
-            TensorDataset(pixels[: self.num_samples], classes[: self.num_samples]), self.batch_size
-        )
+        return DataLoader(TensorDataset(pixels[: self.num_samples], classes[: self.num_samples]), self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         pixels, classes = digits()
@@ -160,9 +158,7 @@ class DigitsModule(LightningModule):
 class DigitsMLP(DigitsModule):
     """See :func:`mlp`."""
 
-    def __init__(
-        self, width: int = 32, depth: int = 2, activation: type[nn.Module] = nn.ReLU, **options: Any
-    ) -> None:
+    def __init__(self, width: int = 32, depth: int = 2, activation: type[nn.Module] = nn.ReLU, **options: Any) -> None:
         super().__init__(partial(mlp, width, depth, activation), **options)
 
 
@@ -183,9 +179,7 @@ class DigitsLSTM(DigitsModule):
 class DigitsTransformer(DigitsModule):
     """See :class:`RowTransformer`."""
 
-    def __init__(
-        self, width: int = 16, depth: int = 2, heads: int = 2, dropout: float = 0.0, **options: Any
-    ) -> None:
+    def __init__(self, width: int = 16, depth: int = 2, heads: int = 2, dropout: float = 0.0, **options: Any) -> None:
         super().__init__(partial(RowTransformer, width, depth, heads, dropout), **options)
 
 

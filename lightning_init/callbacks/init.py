@@ -160,11 +160,9 @@ class InitCallback(Callback):
         """The seed that was given, else seed_everything's, else a random one, the same on every rank."""
         if self._seed is not None:
             return self._seed
-        everything = os.environ.get("PL_GLOBAL_SEED")
-        if everything:
-            return int(everything)
         drawn = secrets.randbits(31) if self._last_seed is None else self._last_seed
-        return int(trainer.strategy.broadcast(drawn))
+        own = int(os.environ.get("PL_GLOBAL_SEED") or drawn)
+        return int(trainer.strategy.broadcast(own))  # by all ranks, also where only some called seed_everything
 
     def _announce(self, trainer: Trainer, report: InitReport) -> None:
         """Print the report on rank zero and log the whole table to TensorBoard."""
