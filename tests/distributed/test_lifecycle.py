@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_init import InitCallback
 from tests.distributed.harness import run_ranks
 from tests.lifecycle import (
     EVERYWHERE,
@@ -19,7 +22,7 @@ from tests.lifecycle import (
 )
 from tests.lifecycle.setting import Setting, assert_kept, initialized, new_callback, small_mlp
 from tests.models import DigitsModule
-from tests.trainers import make_trainer
+from tests.trainers import make_ddp_trainer, make_trainer
 from tests.weights import assert_same, weights_of
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
@@ -72,3 +75,18 @@ def spawning_trainer(strategy: str | DDPStrategy, folder: Path) -> Trainer:
         callbacks=[new_callback()],
         default_root_dir=folder,
     )
+
+
+def seed_when_rank_zero_alone_has_one() -> int:
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    if dist.get_rank() == 0:
+        os.environ["PL_GLOBAL_SEED"] = "3"  # as seed_everything behind `if rank == 0` leaves it
+    callback = InitCallback()
+    make_ddp_trainer(max_steps=1, callbacks=[callback]).fit(DigitsModule(small_mlp))
+    assert callback.report is not None
+    return callback.report.seed
+
+
+def test_a_seed_on_one_rank_only_is_everybodys() -> None:
+    """And nobody waits for a broadcast that the others don't make."""
+    assert run_ranks(seed_when_rank_zero_alone_has_one, 2) == [3, 3]
