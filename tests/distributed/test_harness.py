@@ -127,7 +127,8 @@ def test_a_rank_that_hangs_shows_where(tmp_path) -> None:
 
 
 def test_an_interrupt_stops_all_ranks(tmp_path) -> None:
-    script = (
+    script = (  # a process started in the background inherits an ignored SIGINT
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from tests.distributed.harness import run_ranks\n"
         "from tests.distributed.test_harness import pid_then\n"
         f"run_ranks(pid_then, 2, 'hang', {str(tmp_path)!r})\n"
