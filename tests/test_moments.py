@@ -253,3 +253,13 @@ def test_sum_of_squares_is_that_of_observe(dtype: torch.dtype, count: int) -> No
     assert squares.dtype == torch.float64
     assert not squares.requires_grad
     assert squares.item() == pytest.approx((values.detach().double() ** 2).sum().item(), rel=5e-7)
+
+
+def test_many_merges_do_not_add_up_to_an_error() -> None:
+    """A recurrent cell is called once a position; each call alone is summed in float32."""
+    torch.manual_seed(0)
+    call = torch.randn(64, 64) + 3
+    moments = observe(call, 1)
+    merged = functools.reduce(merge, [moments] * 4000)
+    assert variance(merged).item() == pytest.approx(variance(moments).item(), rel=1e-9)
+    assert signal_variance(merged).item() == pytest.approx(signal_variance(moments).item(), rel=1e-9)
