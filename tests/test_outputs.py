@@ -115,3 +115,13 @@ def test_units_of_other_modules() -> None:
 def test_an_unlikely_rank_falls_back() -> None:
     assert unit_dim((5,), UnitRule(5, 1)) == 0
     assert unit_dim((4, 5), UnitRule(5, -3)) == 1
+
+
+def test_numbers_that_cannot_be_read_do_not_count() -> None:
+    """Sparse and nested tensors and the inside of ``torch.func`` are passed over; a plain neighbour counts."""
+    plain = torch.ones(2)
+    assert first_floating((plain.to_sparse(), plain)) is plain
+    assert first_floating(torch.nested.nested_tensor([plain, torch.ones(3)], layout=torch.jagged)) is None
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(first_floating(row)), row)[1])(torch.ones(3, 2))
+    assert seen == [None]

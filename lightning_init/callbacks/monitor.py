@@ -241,7 +241,11 @@ class ActivationVarianceMonitor(Callback):
 
     def _first_board(self, run: Run, trainer: Trainer) -> Board:
         if silent := run.recorder.silent_layers:
-            run.warn_once("silent", f"found layers that nobody called in the first logged step: {_listed(silent)}.")
+            run.warn_once(
+                "silent",
+                "saw no output of these layers in the first logged step (not called, or sparse, nested, complex, or "
+                f"under torch.func): {_listed(silent)}.",
+            )
         if partial := run.recorder.tap.partial:
             run.warn_once("partial", f"leaves out partial sums, which no rank holds whole: {_listed(list(partial))}.")
         board = Board(trainer.loggers)

@@ -25,6 +25,9 @@ from lightning_init.names import clean_name
 NEXT_TO_ZERO = 1e-5
 """Some libraries draw fresh biases with a std of 1e-6; one optimizer step moves them further."""
 
+LOOKED_AT = 1 << 21
+"""Elements of a parameter that are looked at, at most: copies of them are 8 MiB each."""
+
 SIGMAS = 5
 """How many standard errors are still chance."""
 
@@ -105,9 +108,17 @@ def _parts(step: Assignment) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
     window = window_of(step.place.parameter)
     size = window.whole_shape.numel() // len(step.slices)
-    flat = _magnitudes(window.local).reshape(-1)
+    flat = _magnitudes(_leading_rows(window.local)).reshape(-1)
     overlaps = [window.overlap(Block(i * size, (i + 1) * size, 0)) for i in range(len(step.slices))]
-    return [flat[overlap[0]] for overlap in overlaps if overlap is not None]
+    parts = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
+    return [part for part in parts if part.numel()]
+
+
+def _leading_rows(values: Tensor) -> Tensor:
+    """As many rows as make up ``LOOKED_AT`` elements: they show what the rest would, and cost no memory."""
+    if values.numel() <= LOOKED_AT:
+        return values
+    return values[: max(1, LOOKED_AT // (values.numel() // values.shape[0]))]
 
 
 def _magnitudes(values: Tensor) -> Tensor:
@@ -193,7 +204,7 @@ def _inputs_differ(step: Assignment, role: Role) -> bool:
     measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
-    local = _magnitudes(window_of(step.place.parameter).local)
+    local = _magnitudes(_leading_rows(window_of(step.place.parameter).local))
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -14,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 def first_floating(output: object) -> Tensor | None:
     """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data)."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
+        return output if output.is_floating_point() and _is_plain(output) else None
     if isinstance(output, Mapping):
         members = list(output.values())
     elif isinstance(output, (tuple, list)):
@@ -24,6 +25,12 @@ def first_floating(output: object) -> Tensor | None:
     else:
         return None
     return next((tensor for member in members if (tensor := first_floating(member)) is not None), None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers can be read: not sparse, not nested, not the inside of ``torch.func``."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # no public name tells
+    return tensor.layout is torch.strided and not tensor.is_nested and not wrapped
 
 
 class UnitRule(NamedTuple):

@@ -134,7 +134,7 @@ def fit_uneven() -> dict[int, dict[str, float]]:
         max_epochs=1, logger=memory, callbacks=[ActivationVarianceMonitor(1)], use_distributed_sampler=False
     )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*nobody called")
+        warnings.filterwarnings("ignore", ".*saw no output of these layers")
         trainer.fit(BatchModule(Uneven(), batches, learning_rate=0.0))
     return memory.steps
 
