@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,6 +50,29 @@ def test_step_after_step() -> None:
         expected = expected_tags(slow, [[(x[:n].double(), y[:n])]], accumulation=1, prefix="", rectifiers=["1", "3"])
         assert_tags_close(stats.tags, expected)
     assert recorder.silent_layers == []
+
+
+def test_large_layers_beside_small_ones() -> None:
+    """Large outputs are summed in float32, small ones in float64; one vector holds both."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10))
+    x, y = batch(512)
+    slow = copy.deepcopy(network).double()
+    stats = measure(Recorder(find_layers(network), DEFAULT_STATS, CPU), network, x, y)
+    assert stats is not None
+    expected = expected_tags(slow, [[(x.double(), y)]], accumulation=1, prefix="", rectifiers=["1"])
+    assert_tags_close(stats.tags, expected)
+
+
+def test_nothing_is_kept_for_the_next_step() -> None:
+    network = mlp()
+    recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
+    assert measure(recorder, network, *batch()) is not None
+    assert not recorder.norms.packed(CPU).any()
+    assert recorder.norms.look_back
+    recorder.after_step([])  # would find weights of before the step, had any been kept
+    assert not recorder.norms.packed(CPU).any()
+    assert recorder.tap.empty() == {}
 
 
 def test_only_the_chosen_statistics_cost_anything() -> None:

@@ -22,10 +22,11 @@ from torch.distributed.tensor.parallel import (
 
 from lightning_init import ActivationVarianceMonitor
 from tests.distributed.harness import run_ranks
-from tests.oracle import Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
+from tests.oracle import DEFAULT_STATS, Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.trainers import make_fsdp2_trainer
 
-WIDTH = 12
+WIDTH, RATE = 12, 0.1
+STATS: Any = ["default", "weight_norm", "update_ratio", "gradient_norm_clipped"]
 
 
 class Block(nn.Module):
@@ -105,7 +106,7 @@ def monitored(
     trainer = make_fsdp2_trainer(
         tensor_parallel_size,
         max_epochs=1,
-        callbacks=[ActivationVarianceMonitor(1)],
+        callbacks=[ActivationVarianceMonitor(1, stats=STATS)],
         logger=memory,
         accumulate_grad_batches=accumulation,
         use_distributed_sampler=False,
@@ -117,21 +118,39 @@ def monitored(
     return memory.steps
 
 
+def check_step(actual: dict[str, float], expected: dict[str, float]) -> None:
+    """SGD moves weights by the rate times the gradient; nothing is clipped here."""
+    for tag, norm in expected.items():
+        if tag.startswith("gradient_norm/"):
+            ratio = RATE * norm / expected[tag.replace("gradient_norm", "weight_norm")]
+            assert actual[tag.replace("gradient_norm", "gradient_norm_clipped")] == pytest.approx(norm, rel=1e-5)
+            # differences of float32 weights, which are rounded by 6e-8 of themselves
+            assert actual[tag.replace("gradient_norm", "update_ratio")] == pytest.approx(ratio, abs=1e-6)
+
+
 def check(world_size: int, plan: str | None, tensor_parallel_size: int, accumulation: int, hidden: int = 16) -> None:
     torch.manual_seed(0)
     network = Network(hidden)
     slow = copy.deepcopy(network).double()
     results: list[Any] = run_ranks(monitored, world_size, network, plan, tensor_parallel_size, accumulation)
-    optimizer = torch.optim.SGD(slow.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(slow.parameters(), lr=RATE)
     for step in range(2):
         window = slice(step * accumulation, (step + 1) * accumulation)
         replicas = range(world_size // tensor_parallel_size)
         batches = [[(x.double(), y) for x, y in batches_of(r, 2 * accumulation)[window]] for r in replicas]
         names = ["first", "block.norm", "block.up", "block.act", "block.down", "head"]
         expected = expected_tags(
-            slow, batches, accumulation=accumulation, loss=loss, names=names, rectifiers=["block.act"]
+            slow,
+            batches,
+            accumulation=accumulation,
+            loss=loss,
+            names=names,
+            rectifiers=["block.act"],
+            stats=(*DEFAULT_STATS, "weight_norm"),
         )
-        assert_tags_close(results[0][step], expected)
+        actual = results[0][step]
+        assert_tags_close({tag: v for tag, v in actual.items() if tag.partition("/")[0] not in STATS[2:]}, expected)
+        check_step(actual, expected)
         optimizer.step()
     assert sorted(results[0]) == [0, 1]
 

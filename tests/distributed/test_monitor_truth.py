@@ -84,6 +84,39 @@ def test_ranks_agree_with_one_process(world_size: int, sizes: list[list[int]], a
     assert len(steps) == -(-len(sizes[0]) // accumulation)
 
 
+def far_network() -> nn.Module:
+    """Outputs of mean 10000 and standard deviation 1, and a gradient that is nearly the same everywhere."""
+    network = nn.Sequential(nn.Linear(64, 64), nn.Tanh())
+    with torch.no_grad():
+        network[0].weight.copy_(torch.eye(64))
+        network[0].bias.fill_(1e4)
+    return network
+
+
+def far_loss(network: nn.Module, batch: Batch) -> Tensor:
+    outputs = network[0](batch[0])  # type: ignore[index]
+    return outputs.mean() + 1e-4 * (outputs - 1e4).square().mean() + 0 * network[1](outputs).sum()  # type: ignore[index,no-any-return]
+
+
+def monitored_far() -> dict[int, dict[str, float]]:
+    memory = MemoryLogger()
+    trainer = make_ddp_trainer(
+        max_epochs=1, callbacks=[ActivationVarianceMonitor(1)], logger=memory, use_distributed_sampler=False
+    )
+    trainer.fit(BatchModule(far_network(), batches_of(dist.get_rank(), [40]), far_loss))
+    return memory.steps
+
+
+def test_far_from_zero_on_ranks() -> None:
+    """The oracle has the very same float32 outputs: only the arithmetic on them is compared."""
+    actual = run_ranks(monitored_far, 2)[0][0]
+    batches = [batches_of(rank, [40]) for rank in range(2)]
+    expected = expected_tags(far_network(), batches, accumulation=1, loss=far_loss)
+    assert expected["activation_variance/network.0"] == pytest.approx(1.0, rel=0.2)
+    assert 1e-8 < expected["gradient_variance/network.0"] * (40 * 64 * 2) ** 2 < 1e-7  # of a mean square of 1
+    assert_tags_close(actual, expected)
+
+
 class Checkpointed(nn.Module):
     """Two blocks that are computed again in the backward pass."""
 
