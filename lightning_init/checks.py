@@ -43,6 +43,12 @@ def check_integer(what: str, value: object) -> None:
         raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
 
 
+def check_list(what: str, value: object) -> None:
+    """Raise TypeError if ``value`` is one string where a list of them is meant."""
+    if isinstance(value, str):
+        raise TypeError(f"{what} must be a list of names, got {value!r}; write [{value!r}]")
+
+
 def _is_finite(what: str, value: object) -> bool:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{what} must be a number, got {value!r} of type {type(value).__name__}")

@@ -34,6 +34,13 @@ def test_an_unknown_statistic() -> None:
         ActivationVarianceMonitor(stats=["activation_varience"])  # type: ignore[list-item]
 
 
+def test_a_name_instead_of_a_list() -> None:
+    with pytest.raises(TypeError, match=r"layers must be a list of names, got 'network.0'; write \['network.0'\]"):
+        ActivationVarianceMonitor(layers="network.0")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="stats must be a list of names, got 'default'"):
+        ActivationVarianceMonitor(stats="default")  # type: ignore[arg-type]
+
+
 def test_a_glob_that_matches_no_layer_stops_the_fit() -> None:
     module = DigitsMLP()
     with pytest.raises(ValueError, match=r"layers: 'netwrk\.\*' matches no layer.*network\.0"):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor
@@ -129,3 +130,19 @@ def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: P
         trainer.fit(module, ckpt_path=tmp_path / "four.ckpt")
     assert [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags] == [6]
     assert sorted(fit(module, monitor)) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_finder_trains_ahead_and_is_forgotten(first: bool, tmp_path: Path) -> None:
+    """It trains inside on_fit_start, then puts the weights back."""
+    torch.manual_seed(0)
+    module = DigitsMLP(num_samples=128)
+    alone = fit(copy.deepcopy(module), ActivationVarianceMonitor(2))
+    finder, monitor = LearningRateFinder(num_training_steps=6), ActivationVarianceMonitor(2)
+    memory = MemoryLogger()
+    callbacks = [monitor, finder] if first else [finder, monitor]
+    trainer = make_trainer(max_epochs=1, logger=memory, callbacks=callbacks, default_root_dir=tmp_path)
+    trainer.fit(module)
+    watched = [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags]
+    assert watched == [0, 2]
+    assert {tag: value for tag, value in memory.steps[0].items() if "/" in tag} == alone[0]

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_init.callbacks import loop
 from lightning_init.callbacks.run import Run
+from lightning_init.checks import check_list
 from lightning_init.monitor.board import Board
 from lightning_init.monitor.layers import find_layers, select_layers
 from lightning_init.monitor.recorder import Recorder
@@ -63,6 +64,20 @@ class ActivationVarianceMonitor(Callback):
     ``dead_units``             share of a ReLU layer's units that were never positive in the step
     ========================== ================================================================================
 
+    and, on request:
+
+    ========================== ================================================================================
+    ``activation_mean``        mean of all elements of the output; ``activation_rms`` root of their mean square
+    ``activation_max``         their largest magnitude (one more collective)
+    ``kurtosis``               E[(x - mean)⁴] / variance² of the output, 3 for a normal one (one more collective)
+    ``saturation``             share of a sigmoid's or tanh's outputs within 1 % of its range from either end
+    ``weight_norm``            L2 norm of the layer's own parameters before the step
+    ``update_ratio``           L2 norm of what the step has added to them, divided by ``weight_norm``
+                               (holds a copy of the parameters during a logged step)
+    ``gradient_norm_clipped``  ``gradient_norm`` after clipping
+    ``histogram``              of the output, in TensorBoard: 64 bins, powers of two of either sign
+    ========================== ================================================================================
+
     Training is bit-identical with and without it; under ``torch.compile`` logged steps run eagerly and may differ
     by rounding. If the monitor itself fails, it says so once and switches off on all ranks. Aggregates such as
     ``gradient_norm/total`` are in ``trainer.callback_metrics``, for ``EarlyStopping`` and ``ModelCheckpoint``.
@@ -71,7 +86,7 @@ class ActivationVarianceMonitor(Callback):
         every_n_steps: steps from one logged step to the next, counting from step 0; None: the Trainer's
             ``log_every_n_steps``.
         layers: globs on layer names; None: every layer. A layer is a module that owns parameters or an activation.
-        stats: the statistics; None: those above. "default" may be a member, so that others can be added.
+        stats: the statistics; None: the first table. "default" may be a member, so that others can be added.
 
     Raises:
         ValueError: ``every_n_steps`` is not a whole number above 0, a statistic does not exist; at the start of
@@ -91,6 +106,7 @@ class ActivationVarianceMonitor(Callback):
                 f"every_n_steps must be a whole number above 0, or None for the Trainer's log_every_n_steps; "
                 f"got {every_n_steps!r}"
             )
+        check_list("layers", layers)
         self.every_n_steps = every_n_steps
         self.layers = layers
         self.stats = chosen_stats(stats)
@@ -130,10 +146,10 @@ class ActivationVarianceMonitor(Callback):
         if step % run.interval:
             run.step = None
             return
-        run.stepped = False
-        if step != run.step:
+        run.stepped, begins = False, step != run.step
+        run.step = step  # before anything can fail: a rank that fails still comes to the exchange
+        if begins:
             run.recorder.start()
-            run.step = step
         if run.recorder.fault is None:
             run.listen(lambda: loop.in_training_step(pl_module))
 
@@ -236,10 +252,10 @@ class ActivationVarianceMonitor(Callback):
         trainer.callback_metrics.update(aggregates)
         if trainer.is_global_zero:
             if run.board is None:
-                run.board = self._first_board(run, trainer)
+                run.board = self._new_board(run, trainer)
             run.board.write(tags, step, stats.histograms)
 
-    def _first_board(self, run: Run, trainer: Trainer) -> Board:
+    def _new_board(self, run: Run, trainer: Trainer) -> Board:
         if silent := run.recorder.silent_layers:
             run.warn_once(
                 "silent",

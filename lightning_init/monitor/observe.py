@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from lightning_init.checks import check_list
 from lightning_init.monitor.eager import EagerMoment
 from lightning_init.monitor.layers import find_layers, select_layers
 from lightning_init.monitor.ranks import world_size
@@ -44,6 +45,7 @@ class observe:
     def __init__(
         self, model: nn.Module, *, layers: Sequence[str] | None = None, stats: Sequence[StatName] | None = None
     ) -> None:
+        check_list("layers", layers)
         chosen = chosen_stats(stats)
         if unfit := _NEED_A_STEP.intersection(chosen):
             allowed = ", ".join(stat for stat in get_args(StatName) if stat not in _NEED_A_STEP)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
-from lightning_init.checks import check_choice
+from lightning_init.checks import check_choice, check_list
 
 StatName = Literal[
     "default",
@@ -39,7 +39,9 @@ def chosen_stats(stats: Sequence[str] | None) -> tuple[str, ...]:
 
     Raises:
         ValueError: a name that does not exist.
+        TypeError: a single name instead of a list.
     """
+    check_list("stats", stats)
     chosen: list[str] = []
     for name in DEFAULT_STATS if stats is None else stats:
         check_choice("a member of stats", name, get_args(StatName))
