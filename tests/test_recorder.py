@@ -127,6 +127,38 @@ def test_layers_that_appear_later() -> None:
     assert again == before
 
 
+class Sequences(nn.Module):
+    """An activation over positions, of which every batch has another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.act, self.rare, self.head = nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.embed(x)
+        if self.calls == 1:
+            x = self.rare(x)
+        scores = self.act(x[:1] @ x.T)  # [1, batch]
+        return self.head(x) + scores.mean()  # type: ignore[no-any-return]
+
+
+def test_widths_that_never_come_again_are_forgotten() -> None:
+    network = Sequences()
+    recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
+    sizes = []
+    for n in range(3, 13):
+        x, y = batch(n)
+        stats = measure(recorder, network, x, y)
+        assert stats is not None
+        assert set(stats.values["activation_variance"]) == {"embed", "act", "head"} | ({"rare"} if n == 3 else set())
+        assert recorder._layout is not None
+        sizes.append(recorder._layout.size)
+    assert sizes == [sizes[0] + n - 3 for n in range(3, 13)]
+    assert recorder.silent_layers == []
+
+
 @pytest.mark.parametrize(
     ("target", "where"),
     [

@@ -103,14 +103,20 @@ class Recorder:
         return reading.stats(self.stats, self.layers) if reading and not self.off else None
 
     def _agree(self, records: dict[str, Record]) -> None:
-        """All ranks learn all slots, known ones first in line, and each other's faults."""
-        known = list(self._layout.slots) if self._layout else []
-        hellos = gathered(_Hello(in_one_order([slots_of(records), known]), self.fault))
+        """All ranks learn all slots and each other's faults.
+
+        Known slots stay, except of a layer that has come with other units now: if its width is a sequence's length,
+        the vector would grow for ever.
+        """
+        hellos = gathered(_Hello(slots_of(records), self.fault))
         faults = [f"rank {rank}: {hello.fault}" for rank, hello in enumerate(hellos) if hello.fault]
         if faults:
             self.off = "; ".join(faults)
         else:
-            slots = in_one_order(hello.slots for hello in hellos)
+            seen = in_one_order(hello.slots for hello in hellos)
+            present = {slot.layer for slot in seen}
+            known = self._layout.slots if self._layout else ()
+            slots = in_one_order([seen, [slot for slot in known if slot in seen or slot.layer not in present]])
             widths = {stat: ADDITIVE[stat].width for stat in self.stats if stat in ADDITIVE}
             self._layout = Layout(slots, self.norms.size, self.device, widths)
             self._state = PackedState(self._layout.size, self.device)
