@@ -71,11 +71,12 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
 def sum_of_squares(values: Tensor) -> Tensor:
     """Σx² alone, [] float64: half the work of :func:`observe`, with the same care."""
     flat = values.detach().reshape(-1)
-    if flat.dtype == torch.float32 and flat.is_cpu and len(flat) >= _WORTH_IT:
+    count = flat.numel()
+    if flat.dtype == torch.float32 and count >= _WORTH_IT and flat.is_cpu:
         squares = _squares(flat)
-        if _LEAST_SQUARE < squares.item() / len(flat) < _LARGEST_SQUARE:
+        if _LEAST_SQUARE < squares.item() / count < _LARGEST_SQUARE:
             return squares.double()
-    if len(flat) <= _BLOCK and not flat.is_mps:
+    if count <= _BLOCK and not flat.is_mps:
         wide = flat.double()
         return torch.dot(wide, wide)
     return observe(flat).squares.double()

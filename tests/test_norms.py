@@ -126,3 +126,22 @@ def test_complex_gradients_count_with_both_parts() -> None:
     exact = gradient.to(torch.complex128).abs().square().sum().item()
     assert sum_of_squares(gradient).item() == pytest.approx(exact, rel=1e-12)
     assert sum_of_squares(gradient.conj()).item() == pytest.approx(exact, rel=1e-12)
+
+
+def test_optimizers_that_take_turns() -> None:
+    """Each step's parameters have their places; what two optimizers step adds up; a second look replaces the first."""
+    network = with_gradients(mlp(depth=1), 64)
+    gradients = whole_gradients(network.parameters())
+    first = {p: g for p, g in gradients.items() if p in set(network[0].parameters())}
+    second = {p: g for p, g in gradients.items() if p not in first}
+    norms = Norms(find_layers(network), ["gradient_norm"])
+    packed = []
+    for parts in ([first], [second], [first, second], [gradients], [second, first, second]):
+        for part in parts:
+            norms.before_step(part)
+        packed.append(norms.packed(CPU))
+        norms.empty()
+    torch.testing.assert_close(packed[2], packed[0] + packed[1], rtol=1e-15, atol=0)
+    torch.testing.assert_close(packed[3], packed[2], rtol=1e-15, atol=0)
+    torch.testing.assert_close(packed[4], packed[2], rtol=1e-15, atol=0)
+    assert packed[0].count_nonzero() == packed[1].count_nonzero() == 4  # total and one row, sums and counts

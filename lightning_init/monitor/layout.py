@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_init.moments import Moments
 from lightning_init.monitor.tap import Record
 
 FAULT, UNKNOWN, FLAGS = 0, 1, 2
@@ -54,11 +55,14 @@ class Layout:
         place = {layer: i for i, layer in enumerate(self.layers)}
         self.units = torch.tensor([slot.units for slot in slots], dtype=torch.int64, device=device)  # [slots]
         self.layer_of_slot = torch.tensor([place[slot.layer] for slot in slots], dtype=torch.int64, device=device)
+        self._known = frozenset(slots)
+        nothing = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
+        self._nothing = {units: Moments(0, nothing[:units], nothing[0]) for units in {1, *(s.units for s in slots)}}
         self.slot_of_unit = torch.arange(num_slots, device=device).repeat_interleave(self.units)  # [units]
 
     def knows(self, records: Mapping[str, Record]) -> bool:
         """Whether every slot of ``records`` has its place."""
-        return set(slots_of(records)) <= set(self.slots)
+        return all((name, units) in self._known for name, record in records.items() for units in record.outputs)
 
     def means(self, total: Tensor) -> Tensor:
         """The mean of all outputs of each layer, [layers], from a summed vector; NaN of nothing."""
@@ -70,26 +74,23 @@ class Layout:
 
     def pack(self, records: Mapping[str, Record], norms: Tensor, flags: Sequence[float]) -> Tensor:
         """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        outputs = [records[name].outputs.get(units) if name in records else None for name, units in self.slots]
-        gradients = [records[name].gradients if name in records else None for name in self.layers]
-        numbers = [*flags, *(moments.n if moments else 0 for moments in outputs)]
-        counts = [moments.n if moments else 0 for moments in gradients]
-        host = torch.tensor([*numbers, *counts], dtype=torch.float64).to(self.device)
-        squares = [moments.squares if moments else zero for moments in outputs]
-        gradient_sums = [moments.sums.squeeze(0) if moments else zero for moments in gradients]
-        gradient_squares = [moments.squares if moments else zero for moments in gradients]
-        sums = [
-            moments.sums if moments else zero.expand(slot.units)
-            for slot, moments in zip(self.slots, outputs, strict=True)
-        ]
-        scalars = (
-            _stack(squares, zero),
-            host[len(numbers) :],
-            _stack(gradient_sums, zero),
-            _stack(gradient_squares, zero),
+        nobody, nothing = Record(), self._nothing
+        outputs = [records.get(name, nobody).outputs.get(units, nothing[units]) for name, units in self.slots]
+        gradients = [records.get(name, nobody).gradients or nothing[1] for name in self.layers]
+        counts = [*flags, *(moments.n for moments in outputs)]
+        host = torch.tensor([*counts, *(moments.n for moments in gradients)], dtype=torch.float64).to(self.device)
+        return torch.cat(
+            [
+                host[: len(counts)],
+                *_float64(torch.stack, [moments.squares for moments in outputs]),
+                host[len(counts) :],
+                *_float64(torch.cat, [moments.sums for moments in gradients]),
+                *_float64(torch.stack, [moments.squares for moments in gradients]),
+                norms,
+                *self._extras(records),
+                *_float64(torch.cat, [moments.sums for moments in outputs]),
+            ]
         )
-        return torch.cat([host[: len(numbers)], *scalars, norms, *self._extras(records), *sums])
 
     def _extras(self, records: Mapping[str, Record]) -> list[Tensor]:
         """What was measured on request, [layers · width] each."""
@@ -121,5 +122,7 @@ def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
     return merged
 
 
-def _stack(scalars: list[Tensor], zero: Tensor) -> Tensor:
-    return torch.stack(scalars) if scalars else zero.new_empty(0)
+def _float64(join: Callable[[list[Tensor]], Tensor], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """``tensors`` joined. Those of one type are converted together: ``torch.cat`` would convert each by itself."""
+    for _, alike in itertools.groupby(tensors, key=lambda tensor: tensor.dtype):
+        yield join(list(alike)).double()

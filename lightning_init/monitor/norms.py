@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,22 @@ KINDS_OF = {
     "update_ratio": ("weight", "update"),
 }
 """What each statistic is made of."""
+
+
+class _Squares(NamedTuple):
+    """Squared norms, float64 [parameters]."""
+
+    parameters: tuple[nn.Parameter, ...]
+    values: Tensor
+
+
+class _Places(NamedTuple):
+    """Which of ``parameters`` (columns) add up to which numbers of the packed vector (rows), and how many do."""
+
+    parameters: tuple[nn.Parameter, ...]
+    rows: Tensor
+    columns: Tensor
+    counts: Tensor
 
 
 class Norms:
@@ -40,7 +58,8 @@ class Norms:
         for row, layer in enumerate(layer for layer in layers if layer.parameters):
             for parameter in layer.parameters:
                 self._rows.setdefault(parameter, []).append(row)
-        self._squares: dict[str, dict[nn.Parameter, Tensor]] = {kind: {} for kind in self.kinds}
+        self._squares: dict[str, list[_Squares]] = {kind: [] for kind in self.kinds}
+        self._places: dict[str, _Places] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
 
     @property
@@ -72,9 +91,12 @@ class Norms:
 
     def add(self, kind: str, tensors: Mapping[nn.Parameter, Tensor], factor: float | Tensor = 1.0) -> None:
         """Remember the squared norms of ``tensors`` times ``factor``."""
-        squares = self._squares[kind]
-        for parameter, tensor in tensors.items():
-            squares[parameter] = sum_of_squares(tensor, self.world_size) * factor**2
+        if not tensors:
+            return
+        values = torch.stack([sum_of_squares(tensor, self.world_size) for tensor in tensors.values()])
+        if isinstance(factor, Tensor) or factor != 1.0:
+            values = values * factor**2
+        self._squares[kind].append(_Squares(tuple(tensors), values))
 
     def empty(self) -> None:
         """Forget what was collected."""
@@ -84,23 +106,33 @@ class Norms:
 
     def packed(self, device: torch.device) -> Tensor:
         """Float64 [size]: per kind, total and rows' sums of squares, then how many parameters each summed."""
-        blocks = [self._block(squares, device) for squares in self._squares.values()]
+        blocks = [self._block(kind, device) for kind in self.kinds]
         return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.float64, device=device)
 
-    def _block(self, squares: Mapping[nn.Parameter, Tensor], device: torch.device) -> Tensor:
-        rows = len(self.owners)
-        sums = torch.zeros(1 + rows, dtype=torch.float64, device=device)
-        counts = [len(squares)] + [0] * rows
-        if squares:
-            values = torch.stack(list(squares.values())).to(device)
-            sums[0] = values.sum()
-            places = [(row, i) for i, parameter in enumerate(squares) for row in self._rows.get(parameter, ())]
-            for row, _ in places:
-                counts[1 + row] += 1
-            if places:
-                to, of = torch.tensor(places, device=device).T
-                sums[1:].index_add_(0, to, values[of])
-        return torch.cat((sums, torch.tensor(counts, dtype=torch.float64, device=device)))
+    def _block(self, kind: str, device: torch.device) -> Tensor:
+        found = self._squares[kind]
+        parameters = found[0].parameters if len(found) == 1 else tuple(p for some in found for p in some.parameters)
+        places = self._places.get(kind)
+        if places is None or not _same(places.parameters, parameters):  # they are the next time, as a rule
+            places = self._places[kind] = self._places_of(parameters, device)
+        sums = torch.zeros(1 + len(self.owners), dtype=torch.float64, device=device)
+        if found:
+            values = torch.cat([some.values.to(device) for some in found])
+            sums.index_add_(0, places.rows, values[places.columns])
+        return torch.cat((sums, places.counts))
+
+    def _places_of(self, parameters: tuple[nn.Parameter, ...], device: torch.device) -> _Places:
+        last = {parameter: column for column, parameter in enumerate(parameters)}
+        pairs = [(0, column) for column in last.values()]
+        pairs += [(1 + row, column) for parameter, column in last.items() for row in self._rows.get(parameter, ())]
+        rows, columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
+        counts = torch.bincount(rows, minlength=1 + len(self.owners)).double()
+        return _Places(parameters, rows.to(device), columns.to(device), counts.to(device))
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether both hold the same objects; ``==`` would compare the parameters' elements."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def whole_gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -129,4 +161,5 @@ def sum_of_squares(tensor: Tensor, world_size: int = 1) -> Tensor:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return moments.sum_of_squares(tensor) / copies
+    squares = moments.sum_of_squares(tensor)
+    return squares if copies == 1 else squares / copies

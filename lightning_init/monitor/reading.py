@@ -28,17 +28,21 @@ class Reading:
     """
 
     def __init__(self, total: Tensor, layout: Layout, second: Second, norms: Norms) -> None:
-        table = {**_outputs(total, layout), **_gradients(total, layout)}  # [layers] each
-        if second.largest is not None:
-            table["activation_max"] = second.largest
-        if second.fourth is not None:
-            table["kurtosis"] = second.fourth / table["counts"] / table["activation_variance"] ** 2
-        blocks = [total[layout.flags], total[layout.norms], total[layout.extras], *table.values()]
-        numbers = torch.cat(blocks).tolist()
-        flags, norm_numbers, extras, *rows = _split(numbers, [len(block) for block in blocks])
-        self.flags = flags
+        by_unit = total[layout.sums]
+        rows = torch.stack((by_unit, by_unit * by_unit, (by_unit == 0).double()))
+        by_slot = rows.new_zeros(3, len(layout.slots)).index_add_(1, layout.slot_of_unit, rows)
+        beside = [values for values in (second.largest, second.fourth) if values is not None]
+        blocks = [total[: layout.sums.start], by_slot.reshape(-1), *beside]
+        head, slots, *rest = _split(torch.cat(blocks).tolist(), [block.numel() for block in blocks])
+        self.flags = head[layout.flags]
         self._layers = layout.layers
-        self._rows: Rows = dict(zip(table, rows, strict=True))
+        self._rows = {**_outputs(head, _split_evenly(slots, 3), layout), **_gradients(head, layout)}
+        if second.largest is not None:
+            self._rows["activation_max"] = rest.pop(0)
+        if second.fourth is not None:
+            columns = zip(rest.pop(0), self._rows["counts"], self._rows["activation_variance"], strict=True)
+            self._rows["kurtosis"] = [_ratio(fourth, n * variance * variance) for fourth, n, variance in columns]
+        norm_numbers, extras = head[layout.norms], head[layout.extras]
         self._norms = {
             kind: _split(block, [1 + len(norms.owners)] * 2)
             for kind, block in zip(norms.kinds, _split_evenly(norm_numbers, len(norms.kinds)), strict=True)
@@ -92,39 +96,44 @@ class Reading:
         return {layer: Histogram(counts, *numbers) for layer, counts, numbers in found if numbers[0]}
 
 
-def _outputs(total: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Statistics of each layer's outputs, and the number of their elements, [layers] each."""
-    counts, squares, sums = total[layout.counts], total[layout.squares], total[layout.sums]
-    by_slot = grouped(torch.stack((sums**2, (sums == 0).double())), layout.slot_of_unit, len(layout.slots))
-    sums_squared, dead = by_slot
-    per_unit = counts / layout.units  # elements that each unit of the slot has seen
-    within = (squares - sums_squared / per_unit) / per_unit  # sum over units of their variances
-    rows = torch.stack((counts, squares, within, layout.units.double(), dead)).where(counts > 0, 0.0)
-    n, second, within, units, dead = grouped(rows, layout.layer_of_slot, len(layout.layers))
-    mean = layout.means(total)
-    return {
-        "counts": n,
-        "activation_mean": mean,
-        "activation_rms": (second / n).sqrt(),
-        "activation_variance": (second / n - mean**2).clamp_min(0),
-        "signal_variance": (within / units).clamp_min(0),
-        "dead_units": dead / units,
-    }
+def _outputs(head: list[float], slots: Sequence[list[float]], layout: Layout) -> Rows:
+    """Statistics of each layer's outputs, and the number of their elements, [layers] each.
+
+    In Python numbers: a few operations on a few hundred numbers cost less so than by as many calls of torch.
+    """
+    found = {layer: [0.0] * 6 for layer in layout.layers}
+    columns = zip(layout.slots, head[layout.counts], head[layout.squares], *slots, strict=True)
+    for (layer, units), n, squares, total, sums_squared, dead in columns:
+        if n:
+            per_unit = n / units  # elements that each unit of the slot has seen
+            within = (squares - sums_squared / per_unit) / per_unit  # sum over units of their variances
+            numbers = (n, total, squares, within, units, dead)
+            found[layer] = [a + b for a, b in zip(found[layer], numbers, strict=True)]
+    rows = [_of_layer(*numbers) for numbers in found.values()]
+    names = "counts", "activation_mean", "activation_rms", "activation_variance", "signal_variance", "dead_units"
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-def _gradients(total: Tensor, layout: Layout) -> dict[str, Tensor]:
+def _of_layer(n: float, total: float, squares: float, within: float, units: float, dead: float) -> tuple[float, ...]:
+    mean, square = _ratio(total, n), _ratio(squares, n)
+    return n, mean, square**0.5, _variance(square, mean), _positive(_ratio(within, units)), _ratio(dead, units)
+
+
+def _gradients(head: list[float], layout: Layout) -> Rows:
     """Variance of the gradients of each layer's outputs, and the number of their elements, [layers] each."""
-    n = total[layout.gradient_counts]
-    mean = total[layout.gradient_sums] / n
-    return {
-        "gradient_counts": n,
-        "gradient_variance": (total[layout.gradient_squares] / n - mean**2).clamp_min(0),
-    }
+    counts = head[layout.gradient_counts]
+    columns = zip(counts, head[layout.gradient_sums], head[layout.gradient_squares], strict=True)
+    variances = [_variance(_ratio(squares, n), _ratio(total, n)) for n, total, squares in columns]
+    return {"gradient_counts": counts, "gradient_variance": variances}
 
 
-def grouped(rows: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """Sum the columns of ``rows`` by group: [k, n] -> [k, groups]."""
-    return rows.new_zeros(len(rows), num_groups).index_add_(1, group, rows)
+def _variance(square: float, mean: float) -> float:
+    return _positive(square - mean * mean)  # ** would raise where this overflows
+
+
+def _positive(value: float) -> float:
+    """What rounding has made negative is 0; NaN stays."""
+    return 0.0 if value < 0 else value
 
 
 def _ratio(a: float, b: float) -> float:
