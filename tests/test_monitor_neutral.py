@@ -56,7 +56,7 @@ def test_training_is_bit_identical(kind: str) -> None:
         ("lightning_init.monitor.tap.Tap.attach", "on_train_batch_start"),
         ("lightning_init.monitor.tap.observe", "hook on layer 'network.0'"),
         ("lightning_init.callbacks.loop.loss_scale", "on_before_backward"),
-        ("lightning_init.monitor.norms.sum_of_squares", "on_before_optimizer_step"),
+        ("lightning_init.monitor.norms.sums_of_squares", "on_before_optimizer_step"),
         ("lightning_init.monitor.layout.Layout.pack", "packing"),
         ("lightning_init.monitor.recorder.Reading", "reading"),
         ("lightning_init.monitor.board.Board.write", "writing"),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_init import moments
 from lightning_init.monitor.layers import Layer
+from lightning_init.monitor.squares import sums_of_squares
 
 KINDS_OF = {
     "gradient_norm": ("gradient",),
@@ -93,7 +93,7 @@ class Norms:
         """Remember the squared norms of ``tensors`` times ``factor``."""
         if not tensors:
             return
-        values = torch.stack([sum_of_squares(tensor, self.world_size) for tensor in tensors.values()])
+        values = torch.stack(sums_of_squares(list(tensors.values()), self.world_size))
         if isinstance(factor, Tensor) or factor != 1.0:
             values = values * factor**2
         self._squares[kind].append(_Squares(tuple(tensors), values))
@@ -147,19 +147,3 @@ def whole_gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Te
             whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
             gradients[parameter] = gradient.redistribute(placements=whole)
     return gradients
-
-
-def sum_of_squares(tensor: Tensor, world_size: int = 1) -> Tensor:
-    """This rank's share of Σx², [] float64: summed over all ranks it is the squared norm."""
-    copies = world_size
-    if isinstance(tensor, DTensor):
-        for dim, placement in enumerate(tensor.placements):
-            if not placement.is_replicate():
-                copies //= tensor.device_mesh.size(dim)
-        tensor = tensor.to_local()
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    squares = moments.sum_of_squares(tensor)
-    return squares if copies == 1 else squares / copies

@@ -56,7 +56,7 @@ FAULTS = [
     # target, what it is called, calls that go well: none, or those of the first step on one rank
     ("lightning_init.callbacks.monitor.find_layers", "finding the layers", (0,)),
     ("lightning_init.monitor.tap.observe", "hook on layer 'network.0'", (0, 10)),
-    ("lightning_init.monitor.norms.sum_of_squares", "on_before_optimizer_step", (0, 6)),
+    ("lightning_init.monitor.norms.sums_of_squares", "on_before_optimizer_step", (0, 1)),
     ("lightning_init.monitor.layout.Layout.pack", "packing", (0, 1)),
 ]
 
