@@ -60,6 +60,7 @@ class Tap:
         on_fault: Callable[[str, Exception], None],
     ) -> None:
         self.layers = list(layers)
+        self._spread = [layer for layer in self.layers if any(isinstance(p, DTensor) for p in layer.parameters)]
         self.with_gradients = "gradient_variance" in stats
         self._looks = {stat: ADDITIVE[stat].measure for stat in stats if stat in ADDITIVE}
         self._with_largest, self._with_central = "activation_max" in stats, "kurtosis" in stats
@@ -80,8 +81,8 @@ class Tap:
         self.forward_counts = forward_counts
         for layer in self.layers:
             self._handles.append(layer.module.register_forward_hook(_ForwardHook(self, layer)))
-            if any(isinstance(parameter, DTensor) for parameter in layer.module.parameters(recurse=False)):
-                self._handles.append(layer.module.register_forward_pre_hook(_WeightsHook(self, layer)))
+        for layer in self._spread:
+            self._handles.append(layer.module.register_forward_pre_hook(_WeightsHook(self, layer)))
 
     def detach(self) -> None:
         """Take every hook off. What was recorded stays."""
