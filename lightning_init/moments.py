@@ -60,8 +60,9 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
     >>> observe(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), unit_dim=1)
     Moments(n=4, sums=tensor([4., 8.], dtype=torch.float64), squares=tensor(50., dtype=torch.float64))
     """
-    values = values.detach()
-    if values.dtype == torch.float32 and values.is_cpu and values.numel() >= _WORTH_IT:
+    if values.requires_grad:
+        values = values.detach()
+    if values.dtype == torch.float32 and values.numel() >= _WORTH_IT and values.is_cpu:
         moments = _in_float32(values, unit_dim)
         if moments is not None:
             return moments
@@ -134,7 +135,8 @@ def _in_float32(values: Tensor, unit_dim: int | None) -> Moments | None:
     if not values.is_contiguous():
         values, unit_dim = _as_blocks(values, unit_dim).contiguous(), 1
     sums, squares = _sums(values, unit_dim), _squares(values.view(-1))
-    total, between = squares.item(), torch.dot(sums, sums).item() * sums.numel() / count
+    total = squares.item()
+    between = (sums.item() ** 2 if unit_dim is None else torch.dot(sums, sums).item() * sums.numel()) / count
     if _LEAST_SQUARE * count < total < _LARGEST_SQUARE * count and total - between > _LEAST_SIGNAL * total:
         return Moments(count, sums, squares)
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,19 @@ def first_floating(output: object) -> Tensor | None:
     """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data)."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() and _is_plain(output) else None
-    if isinstance(output, Mapping):
-        members = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        members = list(output)
+    members: Iterable[object]
+    if isinstance(output, (tuple, list)):  # ahead of mappings, which are slow to rule out
+        members = output
+    elif isinstance(output, Mapping):
+        members = output.values()
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         members = [getattr(output, field.name) for field in dataclasses.fields(output)]
     else:
         return None
-    return next((tensor for member in members if (tensor := first_floating(member)) is not None), None)
+    for member in members:
+        if (tensor := first_floating(member)) is not None:
+            return tensor
+    return None
 
 
 def _is_plain(tensor: Tensor) -> bool:

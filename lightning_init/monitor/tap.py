@@ -134,7 +134,7 @@ class Tap:
             self.partial.setdefault(layer.name)
             return
         moments = scale(observe(values), factor)
-        record = self.records.setdefault(layer.name, Record())
+        record = self._record(layer)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
     def fault(self, layer: Layer, error: Exception) -> None:
@@ -148,11 +148,17 @@ class Tap:
             self.partial.setdefault(layer.name)
             return
         moments = _placed(observe(values, dim), share)
-        record = self.records.setdefault(layer.name, Record())
+        record = self._record(layer)
         outputs = record.outputs
         outputs[share.total] = merge(outputs[share.total], moments) if share.total in outputs else moments
         if self._looks or self._with_largest or self._with_central:
             self._look(layer, record, values)
+
+    def _record(self, layer: Layer) -> Record:
+        record = self.records.get(layer.name)
+        if record is None:
+            record = self.records[layer.name] = Record()
+        return record
 
     def _look(self, layer: Layer, record: Record, values: Tensor) -> None:
         """Measure what was asked for on request."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +25,14 @@ class _Seen:
     layer: Layer
     rule: UnitRule
     share: Share
+
+
+class _Found(NamedTuple):
+    """The dimension of an output's units, which they are, and what that says of the next layer's."""
+
+    dim: int | None
+    share: Share
+    rule: UnitRule
 
 
 class UnitFinder:
@@ -49,11 +59,7 @@ class UnitFinder:
 
     def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, Share]:
         """The dimension of the units of ``tensor``, None for a scalar, and which units they are; remembered."""
-        if tensor.dim() == 0:
-            dim, share = None, Share(1, 0, 1)
-        else:
-            dim, share = self._find(layer, args, tensor)
-        rule = UnitRule(share.total, -1 if dim is None else dim - tensor.dim())
+        dim, share, rule = self._find(layer, args, tensor)
         self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, rule, share)
         return dim, share
 
@@ -64,20 +70,21 @@ class UnitFinder:
             return False
         return seen.layer.name.startswith(f"{layer.name}.")
 
-    def _find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int, Share]:
+    def _find(self, layer: Layer, args: Any, tensor: Tensor) -> _Found:
         rule, before = self._rule(layer), None
         if rule.units is None and layer.activation and (before := self._predecessor(args)):
             rule = before.rule
+        if tensor.dim() == 0:
+            return _whole(tensor.shape, rule)
         if isinstance(tensor, DTensor):  # has all units, wherever they are
             dim = unit_dim(tensor.shape, rule)
-            return dim, share_of(tensor, dim)
+            return _found(dim, share_of(tensor, dim), tensor.dim())
         share = before.share if before else self._weights.get(layer.name)
         if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
             dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
             if tensor.shape[dim] == share.held:
-                return dim, share
-        dim = unit_dim(tensor.shape, rule)
-        return dim, Share(tensor.shape[dim], 0, tensor.shape[dim])
+                return _found(dim, share, tensor.dim())
+        return _whole(tensor.shape, rule)
 
     def _rule(self, layer: Layer) -> UnitRule:
         rule = self._rules.get(layer.name)
@@ -92,3 +99,16 @@ class UnitFinder:
     def _lookup(self, tensor: Tensor) -> _Seen | None:
         seen = self._seen.get(id(tensor))
         return seen if seen is not None and seen.tensor() is tensor else None
+
+
+def _found(dim: int, share: Share, num_dims: int) -> _Found:
+    return _Found(dim, share, UnitRule(share.total, dim - num_dims))
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole(shape: torch.Size, rule: UnitRule) -> _Found:
+    """Of an output that has all units. Remembered: a layer's outputs have the same shape at every logged step."""
+    if not shape:
+        return _Found(None, Share(1, 0, 1), UnitRule(1))
+    dim = unit_dim(shape, rule)
+    return _found(dim, Share(shape[dim], 0, shape[dim]), len(shape))
