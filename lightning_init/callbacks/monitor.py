@@ -247,9 +247,9 @@ class ActivationVarianceMonitor(Callback):
             )
             tags = {tag: value for tag, value in tags.items() if not tag.startswith("gradient_")}
         self._latest = tags
-        device = trainer.strategy.root_device
-        aggregates = {tag: torch.tensor(value, device=device) for tag, value in _aggregates(tags).items()}
-        trainer.callback_metrics.update(aggregates)
+        aggregates = _aggregates(tags, stats)
+        tensors = torch.tensor(list(aggregates.values()), device=trainer.strategy.root_device)
+        trainer.callback_metrics.update(zip(aggregates, tensors.unbind(), strict=True))
         if trainer.is_global_zero:
             if run.board is None:
                 run.board = self._new_board(run, trainer)
@@ -269,14 +269,14 @@ class ActivationVarianceMonitor(Callback):
         return board
 
 
-def _aggregates(tags: dict[str, float]) -> dict[str, float]:
+def _aggregates(tags: dict[str, float], stats: LayerStats) -> dict[str, float]:
     """What callbacks such as EarlyStopping can watch: the total norm, and each statistic's extremes over layers."""
     total = "gradient_norm/total"
     found = {total: tags[total]} if total in tags else {}
     for stat in ("activation_variance", "signal_variance", "gradient_variance", "dead_units"):
-        values = [value for tag, value in tags.items() if tag.startswith(f"{stat}/")]
-        if values:
-            found[f"{stat}/min"], found[f"{stat}/max"] = min(values), max(values)
+        row = stats.values.get(stat)
+        if row and f"{stat}/{next(iter(row))}" in tags:
+            found[f"{stat}/min"], found[f"{stat}/max"] = min(row.values()), max(row.values())
     return found
 
 

@@ -50,11 +50,13 @@ class Board:
         if not tags and not histograms:
             return
         if self.writers:
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tags.items()]
+            summary = Summary()
+            for tag, value in tags.items():
+                summary.value.add(tag=tag, simple_value=value)
             for layer, histogram in (histograms or {}).items():
-                values.append(Summary.Value(tag=f"histogram/{layer}", histo=_histogram_proto(histogram)))
+                summary.value.add(tag=f"histogram/{layer}", histo=_histogram_proto(histogram))
             for writer in self.writers:
-                writer._get_file_writer().add_summary(Summary(value=values), step)  # type: ignore[no-untyped-call]
+                writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
         for logger in self.others:
             logger.log_metrics(dict(tags), step=step)
 
