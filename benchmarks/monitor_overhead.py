@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from benchmarks.growth import draw_growth, measure_growth
-from benchmarks.nets import CASES, TINY_CASES, Case, Classifier
+from benchmarks.nets import CASES, OPTIMIZERS, TINY_CASES, Case, Classifier
 from benchmarks.stopwatch import Times, clock
 from benchmarks.watchers import WATCHERS, missing
 from lightning_init import initialize
@@ -39,7 +39,7 @@ from lightning_init.monitor.stats import DEFAULT_STATS
 
 LEGEND = (
     "Whole training steps over the same steps unwatched: with every step logged · with every {}th logged.\n"
-    "MLP: batch 256; conv net: with batch norm, 16×3×32×32; transformer encoder: 8×128 tokens; all with plain SGD."
+    "MLP: batch 256; conv net: with batch norm, 16×3×32×32; transformer encoder: 8×128 tokens; all with {}."
 )
 
 
@@ -55,6 +55,7 @@ class Sizes:
         layers: of the networks whose cost is drawn.
         ranks: on which they train.
         growth_pairs: of steps for each of them.
+        optimizer: a name of ``OPTIMIZERS``.
     """
 
     pairs: int = 100
@@ -64,6 +65,7 @@ class Sizes:
     layers: Sequence[int] = (10, 30, 100, 300, 1000)
     ranks: Sequence[int] = (1, 2, 4)
     growth_pairs: int = 40
+    optimizer: str = "adamw"
 
 
 FULL = Sizes()
@@ -83,8 +85,8 @@ class Cost:
 def cost_of(case: Case, name: str, sizes: Sizes) -> Cost:
     """Two fits: every watched step logged, and one of ``interval``."""
     interval = sizes.interval
-    every = timed(case, name, 1, sizes.pairs)
-    rare = timed(case, name, interval, sizes.windows * interval)
+    every = timed(case, name, 1, sizes.pairs, sizes.optimizer)
+    rare = timed(case, name, interval, sizes.windows * interval, sizes.optimizer)
     totals = rare.windows(interval)
     return Cost(
         every=every.ratio,
@@ -94,13 +96,14 @@ def cost_of(case: Case, name: str, sizes: Sizes) -> Cost:
     )
 
 
-def timed(case: Case, name: str, interval: int, pairs: int) -> Times:
+def timed(case: Case, name: str, interval: int, pairs: int, optimizer: str) -> Times:
     torch.manual_seed(0)
     network = case.build()
     initialize(network)
     with tempfile.TemporaryDirectory() as folder:
         watcher = WATCHERS[name][1](interval, Path(folder))
-        return clock(Classifier(network), case.shape, watcher, pairs=pairs, folder=Path(folder), interval=interval)
+        module = Classifier(network, optimizer)
+        return clock(module, case.shape, watcher, pairs=pairs, folder=Path(folder), interval=interval)
 
 
 def microseconds_a_scalar(num_layers: int, rounds: int = 20) -> tuple[float, float]:
@@ -165,11 +168,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=list(WATCHERS), action="append", help="only these rows of the table")
     parser.add_argument("--pairs", type=int, help=f"of steps, for each ratio (default {FULL.pairs})")
     parser.add_argument("--windows", type=int, help=f"of {FULL.interval} steps (default {FULL.windows})")
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default=FULL.optimizer)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     sizes = QUICK if asked.quick else FULL
-    sizes = replace(sizes, pairs=asked.pairs or sizes.pairs, windows=asked.windows or sizes.windows)
+    sizes = replace(
+        sizes,
+        pairs=asked.pairs or sizes.pairs,
+        windows=asked.windows or sizes.windows,
+        optimizer=asked.optimizer,
+    )
     cases = TINY_CASES if asked.quick else CASES
     costs: dict[str, list[Cost]] = {}
     for name in asked.only or WATCHERS:
@@ -177,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name}: left out, because it is not installed ({install})")
         else:
             costs[name] = [cost_of(case, name, sizes) for case in cases]
-    print(f"{machine()}\n{LEGEND.format(sizes.interval)}")
+    print(f"{machine()}\n{LEGEND.format(sizes.interval, sizes.optimizer)}")
     show(*table_of(cases, costs), markdown=asked.markdown)
     for name, row in costs.items():
         for case, cost in zip(cases, row, strict=True):

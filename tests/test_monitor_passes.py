@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
 from tests.models import mlp
-from tests.oracle import Batch, BatchModule, MemoryLogger, assert_tags_close, cross_entropy, expected_tags
+from tests.oracle import Batch, BatchModule, MemoryLogger, Watched, assert_tags_close, cross_entropy, expected_tags
 from tests.trainers import make_trainer
 from tests.watching import batches, fit
 
@@ -113,6 +113,16 @@ def gan_norms(module: GAN, batch: Batch) -> dict[str, float]:
     return {f"gradient_norm/{n}": v for n, v in {**norms, "total": sum(squares.values()) ** 0.5}.items()}
 
 
+def gan_gradient_variances(module: GAN, batch: Batch) -> dict[str, float]:
+    """Over both losses' backward passes, the second of which goes through the discriminator too."""
+    watched = Watched(module, ["generator", "discriminator.0", "discriminator.1", "discriminator.2"])
+    noise = torch.linspace(-1, 1, len(batch[0]) * 4, dtype=torch.float64).view(-1, 4)
+    for loss in module.losses(batch[0].double(), noise):
+        loss.backward()
+    assert [len(gradients) for gradients in watched.gradients.values()] == [1, 3, 3, 3]
+    return {name: torch.cat(g).var(correction=0).item() for name, g in watched.gradients.items()}
+
+
 def test_several_optimizers_by_hand() -> None:
     torch.manual_seed(0)
     module = GAN()
@@ -129,6 +139,8 @@ def test_several_optimizers_by_hand() -> None:
         judged = [slow.discriminator[0](t) for t in (fake, x, fake)]
     variance = torch.cat(judged).var(correction=0).item()
     assert steps[1]["activation_variance/discriminator.0"] == pytest.approx(variance, rel=1e-5)
+    for name, variance in gan_gradient_variances(slow, batches(2)[1]).items():
+        assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
 
 
 def test_a_backward_lightning_does_not_know_of() -> None:

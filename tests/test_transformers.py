@@ -1,4 +1,4 @@
-"""Ten models of the ``transformers`` library: no parameter unexplained, and they train from what was drawn."""
+"""Eleven models of the ``transformers`` library: no parameter unexplained, and they train from what was drawn."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ LEFT_ALONE: dict[str, dict[str, str]] = {
     "vit": {"vit.embeddings.cls_token": UNKNOWN, "vit.embeddings.position_embeddings": UNKNOWN},
     "convnext": {"convnext.encoder.stages.?.layers.0.layer_scale_parameter": UNKNOWN},
     "resnet": {},
+    "swin": {"swin.encoder.layers.?.blocks.?.attention.relative_position_bias.*": UNKNOWN},
     "whisper": {
         "model.encoder.embed_positions.weight": "frozen",
         "proj_out.weight": "tied to model.decoder.embed_tokens.weight",

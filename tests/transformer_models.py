@@ -1,4 +1,4 @@
-"""Ten architectures from ``transformers``, tiny and with random weights: nothing is downloaded."""
+"""Eleven architectures from ``transformers``, tiny and with random weights: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from transformers import (
     MixtralForCausalLM,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -76,6 +78,11 @@ def resnet() -> nn.Module:
     return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], **IMAGES))
 
 
+def swin() -> nn.Module:
+    sizes: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "window_size": 4, "drop_path_rate": 0.0}
+    return SwinForImageClassification(SwinConfig(**sizes, **IMAGES, depths=[2, 1], num_heads=[2, 4]))
+
+
 def whisper() -> nn.Module:
     sizes: dict[str, Any] = {"vocab_size": WORDS, "d_model": WIDTH, "num_mel_bins": 8, "max_source_positions": 8}
     layers = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in LAYERS.items()}
@@ -95,7 +102,7 @@ def mixtral() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    build.__name__: build for build in (bert, gpt2, llama, t5, vit, convnext, resnet, whisper, mamba, mixtral)
+    build.__name__: build for build in (bert, gpt2, llama, t5, vit, convnext, resnet, swin, whisper, mamba, mixtral)
 }
 
 

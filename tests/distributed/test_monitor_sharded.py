@@ -100,7 +100,7 @@ def batches_of(replica: int, count: int) -> list[Batch]:
 
 
 def monitored(
-    network: nn.Module, plan: str | None, tensor_parallel_size: int, accumulation: int
+    network: nn.Module, plan: str | None, tensor_parallel_size: int, accumulation: int, clip: float
 ) -> dict[int, dict[str, float]]:
     memory = MemoryLogger()
     trainer = make_fsdp2_trainer(
@@ -109,6 +109,7 @@ def monitored(
         callbacks=[ActivationVarianceMonitor(1, stats=STATS)],
         logger=memory,
         accumulate_grad_batches=accumulation,
+        gradient_clip_val=clip,
         use_distributed_sampler=False,
     )
     replica = dist.get_rank() // tensor_parallel_size
@@ -118,21 +119,31 @@ def monitored(
     return memory.steps
 
 
-def check_step(actual: dict[str, float], expected: dict[str, float]) -> None:
-    """SGD moves weights by the rate times the gradient; nothing is clipped here."""
+def check_step(actual: dict[str, float], expected: dict[str, float], clip: float) -> None:
+    """SGD moves weights by the rate times the clipped gradient."""
+    share = min(1.0, clip / (expected["gradient_norm/total"] + 1e-6)) if clip else 1.0
+    assert (share < 1) == bool(clip)
     for tag, norm in expected.items():
         if tag.startswith("gradient_norm/"):
-            ratio = RATE * norm / expected[tag.replace("gradient_norm", "weight_norm")]
-            assert actual[tag.replace("gradient_norm", "gradient_norm_clipped")] == pytest.approx(norm, rel=1e-5)
+            ratio = RATE * share * norm / expected[tag.replace("gradient_norm", "weight_norm")]
+            clipped = actual[tag.replace("gradient_norm", "gradient_norm_clipped")]
+            assert clipped == pytest.approx(share * norm, rel=1e-5)
             # differences of float32 weights, which are rounded by 6e-8 of themselves
             assert actual[tag.replace("gradient_norm", "update_ratio")] == pytest.approx(ratio, abs=1e-6)
 
 
-def check(world_size: int, plan: str | None, tensor_parallel_size: int, accumulation: int, hidden: int = 16) -> None:
+def check(
+    world_size: int,
+    plan: str | None,
+    tensor_parallel_size: int,
+    accumulation: int,
+    hidden: int = 16,
+    clip: float = 0.0,
+) -> None:
     torch.manual_seed(0)
     network = Network(hidden)
     slow = copy.deepcopy(network).double()
-    results: list[Any] = run_ranks(monitored, world_size, network, plan, tensor_parallel_size, accumulation)
+    results: list[Any] = run_ranks(monitored, world_size, network, plan, tensor_parallel_size, accumulation, clip)
     optimizer = torch.optim.SGD(slow.parameters(), lr=RATE)
     for step in range(2):
         window = slice(step * accumulation, (step + 1) * accumulation)
@@ -150,7 +161,9 @@ def check(world_size: int, plan: str | None, tensor_parallel_size: int, accumula
         )
         actual = results[0][step]
         assert_tags_close({tag: v for tag, v in actual.items() if tag.partition("/")[0] not in STATS[2:]}, expected)
-        check_step(actual, expected)
+        check_step(actual, expected, clip)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(slow.parameters(), clip)
         optimizer.step()
     assert sorted(results[0]) == [0, 1]
 
@@ -164,3 +177,9 @@ def test_fsdp2_even_and_uneven_shards(world_size: int, accumulation: int, hidden
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_tensor_parallel_alone_and_under_fsdp2(world_size: int, plan: str) -> None:
     check(world_size, plan, 2, 1)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_before_and_after_clipping(world_size: int) -> None:
+    """Under FSDP2 alone: torch clips no model of which a part is tensor parallel."""
+    check(world_size, None, 1, 1, clip=0.05)

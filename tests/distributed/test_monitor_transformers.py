@@ -1,4 +1,4 @@
-"""Ten models of the ``transformers`` library train on two ranks: every layer is reported, with its true numbers."""
+"""Eleven models of the ``transformers`` library train on two ranks: every layer is reported, with its true numbers."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ NOT_CALLED = {
 RETURN_THEIR_CHILDS = {"mamba": [f"backbone.layers.{i}.mixer" for i in range(2)]}
 CHANNELS_IN_FRONT = {
     "vit": "projection$",
+    "swin": "projection$",
     "whisper": "encoder.conv",
     "resnet": "(?!classifier)",
     "convnext": r".*(patch_embeddings|embeddings\.layernorm|downsampling_layer\.\d|dwconv|stages\.\d\.layers\.0)$",
