@@ -27,7 +27,7 @@ def narrow_net(num_layers: int) -> nn.Module:
     return network
 
 
-def measure_growth(layers: Sequence[int], ranks: Sequence[int], pairs: int) -> Growth:
+def measure_growth(layers: Sequence[int], ranks: Sequence[int], pairs: int, optimizer: str) -> Growth:
     """Every step watched; one thread a rank, however many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -36,7 +36,7 @@ def measure_growth(layers: Sequence[int], ranks: Sequence[int], pairs: int) -> G
         for num_layers in layers:
             with tempfile.TemporaryDirectory() as folder:
                 times = clock(
-                    Classifier(narrow_net(num_layers)),
+                    Classifier(narrow_net(num_layers), optimizer),
                     (BATCH, WIDTH),
                     Monitor(1, Path(folder)),
                     pairs=pairs,

@@ -55,7 +55,6 @@ class Sizes:
         layers: of the networks whose cost is drawn.
         ranks: on which they train.
         growth_pairs: of steps for each of them.
-        optimizer: a name of ``OPTIMIZERS``.
     """
 
     pairs: int = 100
@@ -65,7 +64,6 @@ class Sizes:
     layers: Sequence[int] = (10, 30, 100, 300, 1000)
     ranks: Sequence[int] = (1, 2, 4)
     growth_pairs: int = 40
-    optimizer: str = "adamw"
 
 
 FULL = Sizes()
@@ -82,11 +80,11 @@ class Cost:
     plain: float
 
 
-def cost_of(case: Case, name: str, sizes: Sizes) -> Cost:
+def cost_of(case: Case, name: str, sizes: Sizes, optimizer: str) -> Cost:
     """Two fits: every watched step logged, and one of ``interval``."""
     interval = sizes.interval
-    every = timed(case, name, 1, sizes.pairs, sizes.optimizer)
-    rare = timed(case, name, interval, sizes.windows * interval, sizes.optimizer)
+    every = timed(case, name, 1, sizes.pairs, optimizer)
+    rare = timed(case, name, interval, sizes.windows * interval, optimizer)
     totals = rare.windows(interval)
     return Cost(
         every=every.ratio,
@@ -168,25 +166,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", choices=list(WATCHERS), action="append", help="only these rows of the table")
     parser.add_argument("--pairs", type=int, help=f"of steps, for each ratio (default {FULL.pairs})")
     parser.add_argument("--windows", type=int, help=f"of {FULL.interval} steps (default {FULL.windows})")
-    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default=FULL.optimizer)
+    parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="adamw", help="default %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     sizes = QUICK if asked.quick else FULL
-    sizes = replace(
-        sizes,
-        pairs=asked.pairs or sizes.pairs,
-        windows=asked.windows or sizes.windows,
-        optimizer=asked.optimizer,
-    )
+    sizes = replace(sizes, pairs=asked.pairs or sizes.pairs, windows=asked.windows or sizes.windows)
     cases = TINY_CASES if asked.quick else CASES
     costs: dict[str, list[Cost]] = {}
     for name in asked.only or WATCHERS:
         if install := missing(name):
             print(f"{name}: left out, because it is not installed ({install})")
         else:
-            costs[name] = [cost_of(case, name, sizes) for case in cases]
-    print(f"{machine()}\n{LEGEND.format(sizes.interval, sizes.optimizer)}")
+            costs[name] = [cost_of(case, name, sizes, asked.optimizer) for case in cases]
+    print(f"{machine()}\n{LEGEND.format(sizes.interval, asked.optimizer)}")
     show(*table_of(cases, costs), markdown=asked.markdown)
     for name, row in costs.items():
         for case, cost in zip(cases, row, strict=True):
@@ -198,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"(SummaryWriter.add_scalar: {theirs:.1f})"
     )
     if asked.plot:
-        growth = measure_growth(sizes.layers, sizes.ranks, sizes.growth_pairs)
+        growth = measure_growth(sizes.layers, sizes.ranks, sizes.growth_pairs, asked.optimizer)
         for ranks, by_layers in growth.items():
             print(f"{ranks} ranks:", ", ".join(f"{n} layers {s * 1e3:.2f} ms" for n, s in by_layers.items()))
         draw_growth(growth, machine(), asked.plot)

@@ -84,7 +84,7 @@ OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 class Classifier(LightningModule):
     """Cross-entropy, and an optimizer as PyTorch sets it up."""
 
-    def __init__(self, network: nn.Module, optimizer: str = "adamw") -> None:
+    def __init__(self, network: nn.Module, optimizer: str) -> None:
         super().__init__()
         self.network = network
         self.optimizer = optimizer

@@ -145,6 +145,11 @@ def expected_tags(
     return {tag: value for tag, value in tags.items() if tag.partition("/")[0] in stats}
 
 
+def share_left_by_clipping(total_norm: float, clip: float) -> float:
+    """What clipping by norm multiplies gradients by, as ``torch.nn.utils.clip_grad_norm_`` does; 0 clips nothing."""
+    return min(1.0, clip / (total_norm + 1e-6)) if clip else 1.0
+
+
 def assert_tags_close(
     actual: Mapping[str, float], expected: Mapping[str, float], relative: float = 1e-5, absolute: float = 0.0
 ) -> None:

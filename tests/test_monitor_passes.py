@@ -68,6 +68,11 @@ def test_only_the_training_step_counts(first: bool) -> None:
         assert {tag: memory.steps[step][tag] for tag in tags} == tags
 
 
+def noise_for(real: Tensor) -> Tensor:
+    """As many samples as ``real`` has, the same every time."""
+    return torch.linspace(-1, 1, len(real) * 4, dtype=real.dtype).view(-1, 4)
+
+
 class GAN(LightningModule):
     """Two optimizers, two losses, one discriminator called four times a batch."""
 
@@ -80,15 +85,14 @@ class GAN(LightningModule):
         )
         self.direct = direct
 
-    def losses(self, real: Tensor, noise: Tensor) -> Iterator[Tensor]:
+    def losses(self, real: Tensor) -> Iterator[Tensor]:
         judge = self.discriminator
-        fake = self.generator(noise)
+        fake = self.generator(noise_for(real))
         yield judge(fake.detach()).square().mean() + (1 - judge(real)).square().mean()
         yield (1 - judge(fake)).square().mean()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        noise = torch.linspace(-1, 1, len(batch[0]) * 4).view(-1, 4)
-        for loss, optimizer in zip(self.losses(batch[0], noise), self.optimizers(), strict=True):  # type: ignore[arg-type]
+        for loss, optimizer in zip(self.losses(batch[0]), self.optimizers(), strict=True):  # type: ignore[arg-type]
             optimizer.zero_grad()
             loss.backward() if self.direct else self.manual_backward(loss)
             optimizer.step()
@@ -102,8 +106,7 @@ class GAN(LightningModule):
 
 def gan_norms(module: GAN, batch: Batch) -> dict[str, float]:
     """Each network's own optimizer's step, in float64."""
-    noise = torch.linspace(-1, 1, len(batch[0]) * 4, dtype=torch.float64).view(-1, 4)
-    losses = module.losses(batch[0].double(), noise)
+    losses = module.losses(batch[0].double())
     squares = {}
     for loss, network in zip(losses, (module.discriminator, module.generator), strict=True):
         gradients = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
@@ -116,8 +119,7 @@ def gan_norms(module: GAN, batch: Batch) -> dict[str, float]:
 def gan_gradient_variances(module: GAN, batch: Batch) -> dict[str, float]:
     """Over both losses' backward passes, the second of which goes through the discriminator too."""
     watched = Watched(module, ["generator", "discriminator.0", "discriminator.1", "discriminator.2"])
-    noise = torch.linspace(-1, 1, len(batch[0]) * 4, dtype=torch.float64).view(-1, 4)
-    for loss in module.losses(batch[0].double(), noise):
+    for loss in module.losses(batch[0].double()):
         loss.backward()
     assert [len(gradients) for gradients in watched.gradients.values()] == [1, 3, 3, 3]
     return {name: torch.cat(g).var(correction=0).item() for name, g in watched.gradients.items()}
@@ -134,8 +136,8 @@ def test_several_optimizers_by_hand() -> None:
     expected = gan_norms(slow, batches(2)[1])
     assert_tags_close({tag: v for tag, v in steps[1].items() if tag.startswith("gradient_norm/")}, expected)
     with torch.no_grad():
-        x, noise = batches(2)[1][0].double(), torch.linspace(-1, 1, 64, dtype=torch.float64).view(-1, 4)
-        fake = slow.generator(noise)
+        x = batches(2)[1][0].double()
+        fake = slow.generator(noise_for(x))
         judged = [slow.discriminator[0](t) for t in (fake, x, fake)]
     variance = torch.cat(judged).var(correction=0).item()
     assert steps[1]["activation_variance/discriminator.0"] == pytest.approx(variance, rel=1e-5)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_init import ActivationVarianceMonitor
 from lightning_init.monitor.extras import EDGES
 from tests.models import DigitsMLP, digits, mlp
-from tests.oracle import BatchModule, MemoryLogger, cross_entropy
+from tests.oracle import BatchModule, MemoryLogger, cross_entropy, share_left_by_clipping
 from tests.trainers import make_trainer
 
 PIXELS, CLASSES = (tensor[:64] for tensor in digits())
@@ -33,7 +33,7 @@ def expected_step(network: nn.Module, clip: float, rate: float) -> dict[str, flo
     layers = {f"network.{name}": list(m.parameters()) for name, m in network.named_children() if list(m.parameters())}
     layers["total"] = list(network.parameters())
     gradients = {name: norm([p.grad for p in own if p.grad is not None]) for name, own in layers.items()}
-    share = min(1.0, clip / (gradients["total"] + 1e-6)) if clip else 1.0
+    share = share_left_by_clipping(gradients["total"], clip)
     tags = {}
     for name, own in layers.items():
         tags[f"gradient_norm/{name}"] = gradients[name]

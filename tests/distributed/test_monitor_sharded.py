@@ -22,7 +22,15 @@ from torch.distributed.tensor.parallel import (
 
 from lightning_init import ActivationVarianceMonitor
 from tests.distributed.harness import run_ranks
-from tests.oracle import DEFAULT_STATS, Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
+from tests.oracle import (
+    DEFAULT_STATS,
+    Batch,
+    BatchModule,
+    MemoryLogger,
+    assert_tags_close,
+    expected_tags,
+    share_left_by_clipping,
+)
 from tests.trainers import make_fsdp2_trainer
 
 WIDTH, RATE = 12, 0.1
@@ -121,7 +129,7 @@ def monitored(
 
 def check_step(actual: dict[str, float], expected: dict[str, float], clip: float) -> None:
     """SGD moves weights by the rate times the clipped gradient."""
-    share = min(1.0, clip / (expected["gradient_norm/total"] + 1e-6)) if clip else 1.0
+    share = share_left_by_clipping(expected["gradient_norm/total"], clip)
     assert (share < 1) == bool(clip)
     for tag, norm in expected.items():
         if tag.startswith("gradient_norm/"):
