@@ -145,6 +145,23 @@ def test_several_optimizers_by_hand() -> None:
         assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
 
 
+def test_only_the_losses_gradients_count() -> None:
+    """What ``torch.autograd.grad`` sends back through the same modules behind the last loss is no part of them."""
+
+    class Curious(GAN):
+        def training_step(self, batch: Batch, batch_index: int) -> None:
+            super().training_step(batch, batch_index)
+            torch.autograd.grad(100 * self.discriminator(batch[0]).sum(), list(self.discriminator.parameters()))
+
+    torch.manual_seed(0)
+    module = Curious()
+    slow = copy.deepcopy(module).double()
+    module.batches = batches(2)  # type: ignore[assignment]
+    steps = fit(module, ActivationVarianceMonitor(1))
+    for name, variance in gan_gradient_variances(slow, batches(2)[1]).items():
+        assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
+
+
 def test_a_backward_lightning_does_not_know_of() -> None:
     module = GAN(direct=True)
     module.batches = batches(2)  # type: ignore[assignment]
