@@ -12,7 +12,7 @@ PYTHON ?=
 install: $(STAMP)
 
 # The first Python with venv for which the pins exist (3.11 on); PYTHON=/path/to/python overrides the search.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt lightning_init/_sums.c lightning_init/_blocks.h
 	@rm -f $@
 	@set -e; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    fi; \
 	done; \
 	test -x $(BIN)/python || { echo "error: no Python >= 3.11 with venv found; on Debian: apt-get install python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt hatchling editables
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
@@ -48,4 +48,4 @@ picture: $(STAMP)
 	$(BIN)/python -m examples.picture runs/digits/torch_default runs/digits/he_normal --out docs/tensorboard.png
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv build lightning_init/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

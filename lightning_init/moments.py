@@ -1,51 +1,54 @@
 """Count, sum and sum of squares of a tensor: what every variance in this package is made of.
 
 The three numbers add up: over micro-batches, over calls, over ranks. ``merge`` is that addition, and the only
-formula by which measurements meet. They meet in float64, where the raw sums lose about 1e-16 · (mean/std)² of a
-variance: 1e-8 at mean/std = 1e4, and no gradient is small or large enough to under- or overflow when squared.
-In float32 the same sums return 0 at mean 100, std 0.01: on the CPU they are tried first, for they cost a quarter,
-and kept only where a check shows that nothing was lost.
+formula by which measurements meet. They meet in float64, where the raw sums lose up to 3e-14 · (mean/std)² of a
+variance: 3e-6 at mean/std = 1e4, and no gradient is small or large enough to under- or overflow when squared.
+
+On the CPU, float32 tensors take a fast path, compiled from ``_sums.c`` when the package is installed with a C compiler
+at hand: both sums in one pass, without a copy. Every other tensor, or without it every tensor, is summed by PyTorch
+over float64 copies of a cache's size. Inside a training step, whose matrices have taken the caches, every function of
+PyTorch costs 5 to 50 µs before it has added anything: that one call replaces a dozen of them is what makes it fast.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+try:
+    from lightning_init import _sums
+except ImportError:  # installed without a C compiler: the same numbers, slower
+    _sums = None  # type: ignore[assignment]
+
+Number: TypeAlias = float | Tensor
+"""A float where it is known without waiting for a device, else a float64 tensor, []."""
 
 _BLOCK = 1 << 17
 """Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and not in the peak."""
 _BLOCK_OF_ACCELERATORS = 1 << 22
 """The same where every block costs three kernel launches."""
 
-_WORTH_IT = 1 << 12
-"""Elements from which float32 sums, with their check, cost less than float64 copies."""
-_ROW = 1 << 10
-"""Elements whose squares are added up one after the other, 16 at a time."""
-_LEAST_SQUARE, _LARGEST_SQUARE = 1e-36, 1e30
-"""Mean squares between which float32 sums of squares lose nothing to underflow and have room to be merged."""
-_LEAST_SIGNAL = 1 / 32
-"""Share of Σx² that has to remain when the units' means are taken out, lest cancellation make rounding count."""
-
 
 class Moments(NamedTuple):
-    """Sums over some elements, laid out in units (features, channels).
+    """Sums over some elements, laid out in units (features, channels), or of all elements together.
 
     Attributes:
         n: number of elements, all units together. A plain number: shapes are known without a device read.
-        sums: Σx of each unit, float64 (float32 where that is as good), [units].
-        squares: Σx² over all units, likewise, [].
+        sums: Σx of each unit, float64 [units]; of all elements together, a number.
+        squares: Σx² over all units.
     """
 
     n: float
-    sums: Tensor
-    squares: Tensor
+    sums: Number
+    squares: Number
 
 
 def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
-    """Moments of ``values``, per unit along ``unit_dim``; None treats all elements as one unit.
+    """Moments of ``values``, per unit along ``unit_dim``; None takes all elements together.
 
     Runs without waiting for a device, without autograd and the same under autocast or any default dtype.
 
@@ -58,129 +61,108 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
         device has no float64).
 
     >>> observe(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), unit_dim=1)
-    Moments(n=4, sums=tensor([4., 8.], dtype=torch.float64), squares=tensor(50., dtype=torch.float64))
+    Moments(n=4, sums=tensor([4., 8.], dtype=torch.float64), squares=50.0)
+    >>> observe(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    Moments(n=4, sums=12.0, squares=50.0)
     """
-    if values.requires_grad:
-        values = values.detach()
-    if values.dtype == torch.float32 and values.numel() >= _WORTH_IT and values.is_cpu:
-        moments = _in_float32(values, unit_dim)
-        if moments is not None:
-            return moments
-    return _in_float64(values.cpu() if values.is_mps else values, unit_dim)  # Apple's GPUs have no float64
+    moments = _in_one_pass(values, unit_dim)
+    return _in_float64(values.detach(), unit_dim) if moments is None else moments
 
 
-def sum_of_squares(values: Tensor) -> Tensor:
-    """Σx² alone, [] float64: half the work of :func:`observe`, with the same care."""
-    flat = values.detach().reshape(-1)
-    count = flat.numel()
-    if flat.dtype == torch.float32 and count >= _WORTH_IT and flat.is_cpu:
-        squares = _squares(flat)
-        if _LEAST_SQUARE < squares.item() / count < _LARGEST_SQUARE:
-            return squares.double()
-    if count <= _BLOCK and not flat.is_mps:
-        wide = flat.double()
-        return torch.dot(wide, wide)
-    return observe(flat).squares.double()
+def is_quick(values: Tensor) -> bool:
+    """Whether sums of ``values`` cost one call, if its memory has no gaps: there is nothing to gain by grouping."""
+    return _sums is not None and type(values) is Tensor and values.dtype is torch.float32 and values.is_cpu
 
 
 def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of both sets of elements together, in float64: associative, and the order does not matter.
-
-    (In float32 a thousand merges, of a recurrent cell's calls say, would be off by 1e-5 and more.)
-    """
-    return Moments(a.n + b.n, a.sums.double() + b.sums, a.squares.double() + b.squares)
+    """Moments of both sets of elements together: associative, and the order does not matter."""
+    return Moments(a.n + b.n, a.sums + b.sums, a.squares + b.squares)
 
 
-def scale(moments: Moments, factor: float | Tensor) -> Moments:
+def scale(moments: Moments, factor: Number) -> Moments:
     """Moments of ``factor * x``."""
-    if isinstance(factor, float) and factor == 1.0:
-        return moments
-    return Moments(moments.n, moments.sums.double() * factor, moments.squares.double() * factor**2)
+    return Moments(moments.n, moments.sums * factor, moments.squares * factor**2)
 
 
-def pack(moments: Moments) -> Tensor:
-    """One float64 vector [2 + units]: count, Σx², Σx of each unit. Vectors of the same units add up."""
-    head = torch.tensor([moments.n], dtype=torch.float64, device=moments.sums.device)
-    return torch.cat((head, moments.squares.reshape(1), moments.sums)).double()
+def pack(numbers: Sequence[Number], device: torch.device) -> Tensor:
+    """``numbers`` as one float64 vector on ``device``: what is known here in one copy, the rest without waiting."""
+    on_device = {i: number for i, number in enumerate(numbers) if isinstance(number, Tensor)}
+    known = [0.0 if i in on_device else number for i, number in enumerate(numbers)] if on_device else numbers
+    vector = torch.tensor(known, dtype=torch.float64, device="cpu").to(device)
+    if on_device:
+        vector[list(on_device)] = torch.stack([number.to(device) for number in on_device.values()])
+    return vector
 
 
-def unpack(vector: Tensor) -> Moments:
-    """The inverse of ``pack``; reads the count from the device."""
-    return Moments(vector[0].item(), vector[2:], vector[1])
+def variance(moments: Moments) -> Number:
+    """Population variance of all elements: Σx²/n - (Σx/n)²; nan of nothing."""
+    n = moments.n or math.nan
+    total = moments.sums.sum() if isinstance(moments.sums, Tensor) else moments.sums
+    return _not_negative(moments.squares / n - (total / n) ** 2)
 
 
-def variance(moments: Moments) -> Tensor:
-    """Population variance of all elements: Σx²/n - (Σx/n)², [] float64; nan of nothing."""
-    mean = moments.sums.double().sum() / (moments.n or torch.nan)
-    return (moments.squares.double() / (moments.n or 1) - mean**2).clamp_min(0)
-
-
-def signal_variance(moments: Moments) -> Tensor:
-    """Mean over units of each unit's population variance, [] float64; nan of nothing.
+def signal_variance(moments: Moments) -> Number:
+    """Mean over units of each unit's population variance; nan of nothing.
 
     With m = count / units elements a unit: (Σx² - Σ_u (Σx)_u² / m) / (m · units).
     """
-    per_unit = moments.n / max(1, moments.sums.numel())
-    between = (moments.sums.double() ** 2).sum() / (per_unit or torch.nan)
-    return ((moments.squares.double() - between) / (moments.n or 1)).clamp_min(0)
+    n, sums = moments.n or math.nan, moments.sums
+    between = sums.square().sum() * sums.numel() if isinstance(sums, Tensor) else sums**2
+    return _not_negative((moments.squares - between / n) / n)
 
 
-def _in_float32(values: Tensor, unit_dim: int | None) -> Moments | None:
-    """The sums without copies, in a quarter of the time; None where they cannot be trusted.
-
-    Only on the CPU, where asking for a number waits for nothing. Inside a training step, whose matrices have taken
-    the cache, the first call of any function of torch costs ten times what it costs in a loop: hence so few.
-    """
-    count = values.numel()
-    if not values.is_contiguous():
-        values, unit_dim = _as_blocks(values, unit_dim).contiguous(), 1
-    sums, squares = _sums(values, unit_dim), _squares(values.view(-1))
-    total = squares.item()
-    between = (sums.item() ** 2 if unit_dim is None else torch.dot(sums, sums).item() * sums.numel()) / count
-    if _LEAST_SQUARE * count < total < _LARGEST_SQUARE * count and total - between > _LEAST_SIGNAL * total:
-        return Moments(count, sums, squares)
-    return None
+def _not_negative(value: Number) -> Number:
+    """What rounding has made negative is 0; NaN stays."""
+    return value.clamp_min(0) if isinstance(value, Tensor) else 0.0 if value < 0 else value
 
 
-def _sums(values: Tensor, unit_dim: int | None) -> Tensor:
-    """Σx of each unit of a contiguous tensor, [units]."""
+def _in_one_pass(values: Tensor, unit_dim: int | None) -> Moments | None:
+    """By ``_sums.c``, straight from memory; None for what it cannot read there."""
+    if not is_quick(values):
+        return None
+    n = values.numel()
+    sizes = _sizes_in_memory(values, unit_dim)
+    address = values.data_ptr()  # 0 of nothing, and of the zeros that autograd makes without memory
+    if sizes is None or not address or values.is_neg():
+        return None
     if unit_dim is None:
-        return values.view(-1).sum(0, keepdim=True)
-    if unit_dim in (-1, values.dim() - 1):
-        return values.sum(0) if values.dim() == 2 else values.view(-1, values.shape[-1]).sum(0)
-    outer, units, inner = _sizes(values.shape, unit_dim)
-    return values.view(outer, units, inner).sum(2).sum(0)
+        return Moments(n, *_sums.whole(address, n))
+    outer, units, inner = sizes
+    sums = torch.empty(units, dtype=torch.float64, device="cpu")
+    return Moments(n, sums, _sums.by_unit(address, outer, units, inner, sums.data_ptr()))
 
 
-def _squares(flat: Tensor) -> Tensor:
-    """Σx² of float32 numbers, off by 1e-7.
-
-    Equal magnitudes are the worst case: they round every partial sum the same way, by 2e-5 in a dot product of 2¹⁷,
-    6e-5 in one of 2²⁰. Hence rows, and the dot product of their norms, where there are more.
-    """
-    count = flat.numel()
-    if count <= _BLOCK:
-        return torch.dot(flat, flat)
-    if rest := count % _ROW:
-        return _squares(flat[:-rest]) + _squares(flat[-rest:])
-    norms = torch.linalg.vector_norm(flat.view(-1, _ROW), dim=1)
-    return torch.dot(norms, norms)
+def _sizes_in_memory(values: Tensor, unit_dim: int | None) -> tuple[int, int, int] | None:
+    """``values`` as [outer, units, inner] in the order of its memory; None if that has gaps or overlaps."""
+    if values.is_contiguous():
+        return (1, 1, values.numel()) if unit_dim is None else _sizes(values.shape, unit_dim)
+    shape, strides = values.shape, values.stride()
+    order = sorted((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: -strides[dim])
+    step = 1
+    for dim in reversed(order):
+        if strides[dim] != step:
+            return None
+        step *= shape[dim]
+    if unit_dim is None or (unit := unit_dim % len(shape)) not in order:
+        return 1, 1, values.numel()
+    return _sizes([shape[dim] for dim in order], order.index(unit))
 
 
 def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
     """Sums over float64 copies of a cache's size: nothing can go wrong."""
-    blocks = _as_blocks(values, unit_dim)
-    outer, units, inner = blocks.shape
+    blocks = _as_blocks(values.cpu() if values.is_mps else values, unit_dim)  # Apple's GPUs have no float64
+    _, units, inner = blocks.shape
     limit = _BLOCK if blocks.is_cpu else _BLOCK_OF_ACCELERATORS
-    if outer * units * inner <= limit:
-        return Moments(outer * units * inner, *_float64_sums(blocks))
-    sums = torch.zeros(units, dtype=torch.float64, device=blocks.device)
-    squares = torch.zeros((), dtype=torch.float64, device=blocks.device)
-    for block in torch.split(blocks, max(1, limit // (units * inner))):
+    parts = torch.split(blocks, max(1, limit // max(1, units * inner)))
+    sums, squares = _float64_sums(parts[0])
+    for block in parts[1:]:
         more_sums, more_squares = _float64_sums(block)
         sums += more_sums
         squares += more_squares
-    return Moments(outer * units * inner, sums, squares)
+    total = sums.sum() if unit_dim is None else sums
+    if not blocks.is_cpu:
+        return Moments(values.numel(), total, squares)
+    return Moments(values.numel(), total.item() if unit_dim is None else total, squares.item())
 
 
 def _float64_sums(block: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,6 +181,6 @@ def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
     return values.reshape(_sizes(values.shape, unit_dim))
 
 
-def _sizes(shape: torch.Size, unit_dim: int) -> tuple[int, int, int]:
+def _sizes(shape: Sequence[int], unit_dim: int) -> tuple[int, int, int]:
     dim = unit_dim % len(shape)
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

@@ -19,6 +19,10 @@ def with_gradients(network: nn.Module, *shape: int) -> nn.Module:
     return network
 
 
+BLOCKS = 1e-7
+"""What sums over blocks in float32 lose of a norm."""
+
+
 def norms_of(network: nn.Module, parameters: list[nn.Parameter] | None = None) -> dict[str, float]:
     norms = Norms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters() if parameters is None else parameters))
@@ -37,7 +41,7 @@ def test_layers_and_total(build: type) -> None:
     modules = dict(network.named_modules())
     for name, norm in measured.items():
         own = torch.cat([p.grad.double().flatten() for p in modules[name].parameters() if p.grad is not None])
-        assert norm == pytest.approx(own.norm().item(), rel=1e-12)
+        assert norm == pytest.approx(own.norm().item(), rel=BLOCKS)
     assert len(measured) == sum(1 for m in modules.values() if list(m.parameters(recurse=False)))
 
 
@@ -50,7 +54,7 @@ def test_any_magnitude(magnitude: float) -> None:
         assert parameter.grad is not None
         parameter.grad = (parameter.grad.double() * magnitude / exact).float()
     rounded = torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None]).norm()
-    assert norms_of(network)["total"] == pytest.approx(rounded.item(), rel=1e-12)
+    assert norms_of(network)["total"] == pytest.approx(rounded.item(), rel=BLOCKS)
 
 
 def test_tied_parameters_count_in_both_layers_and_once_in_total() -> None:
@@ -59,7 +63,7 @@ def test_tied_parameters_count_in_both_layers_and_once_in_total() -> None:
     measured = norms_of(with_gradients(network, 6))
     assert network[0].weight.grad is not None
     norm = network[0].weight.grad.double().norm().item()
-    assert measured == {name: pytest.approx(norm, rel=1e-12) for name in ("total", "0", "2")}
+    assert measured == {name: pytest.approx(norm, rel=BLOCKS) for name in ("total", "0", "2")}
 
 
 def test_only_what_steps_counts() -> None:
@@ -75,7 +79,7 @@ def test_only_what_steps_counts() -> None:
     network.scale.grad = torch.full((3,), 2.0)
     measured = norms_of(network)
     assert set(measured) == {"total", "2"}
-    assert measured["total"] ** 2 == pytest.approx(measured["2"] ** 2 + 12, rel=1e-12)
+    assert measured["total"] ** 2 == pytest.approx(measured["2"] ** 2 + 12, rel=BLOCKS)
 
 
 def test_the_last_look_counts_and_is_forgotten() -> None:

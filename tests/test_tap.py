@@ -49,13 +49,13 @@ def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squar
     for name, record in records.items():
         outputs = torch.cat([output.flatten() for output in watched.outputs[name]])
         gradients = torch.cat([gradient.flatten() for gradient in watched.gradients[name]])
-        merged = [variance(m).item() for m in record.outputs.values()]
+        merged = [float(variance(m)) for m in record.outputs.values()]
         if len(merged) == 1:
             assert merged[0] == pytest.approx(outputs.var(correction=0).item(), rel=1e-5), name
         assert sum(m.n for m in record.outputs.values()) == outputs.numel(), name
         assert record.gradients is not None, name
         assert record.gradients.n == gradients.numel(), name
-        assert variance(record.gradients).item() == pytest.approx(gradients.var(correction=0).item(), rel=1e-5), name
+        assert float(variance(record.gradients)) == pytest.approx(gradients.var(correction=0).item(), rel=1e-5), name
     return records
 
 
@@ -125,7 +125,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
         assert with_it[name].outputs.keys() == record.outputs.keys()
         for units, m in record.outputs.items():
             assert with_it[name].outputs[units].n == m.n
-            assert torch.equal(with_it[name].outputs[units].squares, m.squares)
+            assert with_it[name].outputs[units].squares == m.squares
         assert with_it[name].gradients is not None
         assert record.gradients is not None
         assert with_it[name].gradients.n == record.gradients.n
@@ -177,7 +177,7 @@ def test_gradients_are_scaled_and_can_be_left_out() -> None:
     one, quarter = tapped(network, x)["0"].gradients, tapped(network, x, factor=0.25)["0"].gradients
     assert one is not None
     assert quarter is not None
-    assert variance(quarter).item() == pytest.approx(variance(one).item() / 16, rel=1e-12)
+    assert float(variance(quarter)) == pytest.approx(float(variance(one)) / 16, rel=1e-12)
     tap = Tap(find_layers(network), ["activation_variance"], on_fault=fail)
     tap.attach()
     tap.gradient_factor = 1.0
@@ -215,7 +215,7 @@ def test_an_activation_has_the_units_of_what_it_follows() -> None:
     with torch.no_grad():
         relu = network[:3](x).double()
     for units_of, values in (("2", relu), ("4", relu.tanh())):
-        measured = signal_variance(records[units_of].outputs[4]).item()
+        measured = float(signal_variance(records[units_of].outputs[4]))
         assert measured == pytest.approx(values.var((0, 2, 3), correction=0).mean().item(), rel=1e-5)
         assert measured != pytest.approx(values.var((0, 1, 2), correction=0).mean().item(), rel=1e-2)
 

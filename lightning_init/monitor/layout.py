@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_init.moments import Moments
+from lightning_init.moments import Moments, pack
 from lightning_init.monitor.tap import Record
 
 FAULT, UNKNOWN, FLAGS = 0, 1, 2
@@ -57,7 +57,7 @@ class Layout:
         self.layer_of_slot = torch.tensor([place[slot.layer] for slot in slots], dtype=torch.int64, device=device)
         self._known = frozenset(slots)
         nothing = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
-        self._nothing = {units: Moments(0, nothing[:units], nothing[0]) for units in {1, *(s.units for s in slots)}}
+        self._nothing = {slot.units: Moments(0, nothing[: slot.units], 0.0) for slot in slots}
         self.slot_of_unit = torch.arange(num_slots, device=device).repeat_interleave(self.units)  # [units]
 
     def knows(self, records: Mapping[str, Record]) -> bool:
@@ -74,23 +74,14 @@ class Layout:
 
     def pack(self, records: Mapping[str, Record], norms: Tensor, flags: Sequence[float]) -> Tensor:
         """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero."""
-        nobody, nothing = Record(), self._nothing
-        outputs = [records.get(name, nobody).outputs.get(units, nothing[units]) for name, units in self.slots]
-        gradients = [records.get(name, nobody).gradients or nothing[1] for name in self.layers]
-        counts = [*flags, *(moments.n for moments in outputs)]
-        host = torch.tensor([*counts, *(moments.n for moments in gradients)], dtype=torch.float64).to(self.device)
-        return torch.cat(
-            [
-                host[: len(counts)],
-                *_float64(torch.stack, [moments.squares for moments in outputs]),
-                host[len(counts) :],
-                *_float64(torch.cat, [moments.sums for moments in gradients]),
-                *_float64(torch.stack, [moments.squares for moments in gradients]),
-                norms,
-                *self._extras(records),
-                *_float64(torch.cat, [moments.sums for moments in outputs]),
-            ]
-        )
+        nobody, nothing = Record(), Moments(0, 0.0, 0.0)
+        outputs = [records.get(name, nobody).outputs.get(units, self._nothing[units]) for name, units in self.slots]
+        gradients = [records.get(name, nobody).gradients or nothing for name in self.layers]
+        numbers = [*flags, *(moments.n for moments in outputs), *(moments.squares for moments in outputs)]
+        for column in zip(*gradients, strict=True):
+            numbers += column
+        sums = [moments.sums for moments in outputs if isinstance(moments.sums, Tensor)]  # all of them: by unit
+        return torch.cat([pack(numbers, self.device), norms, *self._extras(records), *sums])
 
     def _extras(self, records: Mapping[str, Record]) -> list[Tensor]:
         """What was measured on request, [layers · width] each."""
@@ -120,9 +111,3 @@ def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
                 known.add(slot)
                 position += 1
     return merged
-
-
-def _float64(join: Callable[[list[Tensor]], Tensor], tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """``tensors`` joined. Those of one type are converted together: ``torch.cat`` would convert each by itself."""
-    for _, alike in itertools.groupby(tensors, key=lambda tensor: tensor.dtype):
-        yield join(list(alike)).double()

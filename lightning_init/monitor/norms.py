@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from lightning_init.moments import Number, pack
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.squares import sums_of_squares
 
@@ -23,10 +24,11 @@ KINDS_OF = {
 
 
 class _Squares(NamedTuple):
-    """Squared norms, float64 [parameters]."""
+    """Squared norms, and what the tensors they are of have to be multiplied by."""
 
     parameters: tuple[nn.Parameter, ...]
-    values: Tensor
+    values: list[Number]
+    factor: Number
 
 
 class _Places(NamedTuple):
@@ -72,7 +74,7 @@ class Norms:
         """Whether something has to be measured when the optimizer has stepped."""
         return bool({"update", "clipped"} & set(self.kinds))
 
-    def before_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: float | Tensor = 1.0) -> None:
+    def before_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Take whole gradients times ``factor``, and weights as they are now. A parameter's last step counts."""
         if "gradient" in self.kinds:
             self.add("gradient", gradients, factor)
@@ -81,7 +83,7 @@ class Norms:
         if "update" in self.kinds:
             self._before.update({parameter: parameter.detach().clone() for parameter in gradients})
 
-    def after_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: float | Tensor = 1.0) -> None:
+    def after_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Take gradients that have been clipped, and how far weights have moved."""
         if "clipped" in self.kinds:
             self.add("clipped", gradients, factor)
@@ -89,14 +91,11 @@ class Norms:
         if moved:
             self.add("update", moved)
 
-    def add(self, kind: str, tensors: Mapping[nn.Parameter, Tensor], factor: float | Tensor = 1.0) -> None:
+    def add(self, kind: str, tensors: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Remember the squared norms of ``tensors`` times ``factor``."""
-        if not tensors:
-            return
-        values = torch.stack(sums_of_squares(list(tensors.values()), self.world_size))
-        if isinstance(factor, Tensor) or factor != 1.0:
-            values = values * factor**2
-        self._squares[kind].append(_Squares(tuple(tensors), values))
+        if tensors:
+            values = sums_of_squares(list(tensors.values()), self.world_size)
+            self._squares[kind].append(_Squares(tuple(tensors), values, factor))
 
     def empty(self) -> None:
         """Forget what was collected."""
@@ -117,7 +116,7 @@ class Norms:
             places = self._places[kind] = self._places_of(parameters, device)
         sums = torch.zeros(1 + len(self.owners), dtype=torch.float64, device=device)
         if found:
-            values = torch.cat([some.values.to(device) for some in found])
+            values = torch.cat([pack(some.values, device) * some.factor**2 for some in found])
             sums.index_add_(0, places.rows, values[places.columns])
         return torch.cat((sums, places.counts))
 

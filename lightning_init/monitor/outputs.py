@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # no public name tells
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -33,8 +34,7 @@ def first_floating(output: object) -> Tensor | None:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether the numbers can be read: not sparse, not nested, not the inside of ``torch.func``."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # no public name tells
-    return tensor.layout is torch.strided and not tensor.is_nested and not wrapped
+    return tensor.layout is torch.strided and not tensor.is_nested and not is_functorch_wrapped_tensor(tensor)
 
 
 class UnitRule(NamedTuple):

@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_init import moments
+from lightning_init.moments import Number, is_quick, observe
 
 _SMALL = 1 << 13
-"""Elements up to which tensors are squared together: of a bias or a norm, the calls cost more than the numbers."""
+"""Elements up to which tensors are squared together, where the calls cost more than the numbers."""
 _TOGETHER = 1 << 17
 """Elements that are enough for one go: their float64 copy stays in the cache."""
 
 
-def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Tensor]:
-    """This rank's share of Σx² of each tensor, [] float64: summed over all ranks it is the squared norm."""
+def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Number]:
+    """This rank's share of Σx² of each tensor: summed over all ranks it is the squared norm."""
     held = [_held(tensor, world_size) for tensor in tensors]
-    sums: dict[int, Tensor] = {}
+    sums: dict[int, Number] = {}
     small = []
     for i, (tensor, _) in enumerate(held):
-        if tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
-            sums[i] = moments.sum_of_squares(tensor)
+        if is_quick(tensor) or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
+            sums[i] = observe(tensor).squares
         else:
             small.append((i, tensor))
     for group in _groups(small):
         flat = torch.cat([tensor.reshape(-1) for _, tensor in group]).double()
         lengths = torch.tensor([tensor.numel() for _, tensor in group], device=flat.device)
         together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)  # unsafe: lengths unread
-        sums.update(zip((i for i, _ in group), together.unbind(), strict=True))
+        sums.update(zip((i for i, _ in group), together.tolist() if flat.is_cpu else together.unbind(), strict=True))
     return [sums[i] if copies == 1 else sums[i] / copies for i, (_, copies) in enumerate(held)]
 
 
@@ -42,7 +42,8 @@ def _held(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
             if not placement.is_replicate():
                 copies //= tensor.device_mesh.size(dim)
         tensor = tensor.to_local()
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
     if tensor.is_complex():

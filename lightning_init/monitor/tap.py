@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init.moments import Moments, merge, observe, scale
+from lightning_init.moments import Moments, Number, merge, observe, scale
 from lightning_init.monitor.central import Central, merge_central, observe_central
 from lightning_init.monitor.extras import ADDITIVE, largest
 from lightning_init.monitor.layers import Layer
@@ -27,7 +28,7 @@ class Record:
 
     Attributes:
         outputs: moments of its outputs by number of units: a module shared at two widths has two.
-        gradients: moments of d loss / d output, all elements as one unit.
+        gradients: moments of d loss / d output, all elements together.
         extras: what else of its outputs was asked for and adds up.
         largest: the largest magnitude of an output, if asked for.
         central: central moments of its outputs, if asked for.
@@ -60,13 +61,14 @@ class Tap:
         on_fault: Callable[[str, Exception], None],
     ) -> None:
         self.layers = list(layers)
+        self._outer = _with_layers_inside(self.layers)
         self._spread = [layer for layer in self.layers if any(isinstance(p, DTensor) for p in layer.parameters)]
         self.with_gradients = "gradient_variance" in stats
         self._looks = {stat: ADDITIVE[stat].measure for stat in stats if stat in ADDITIVE}
         self._with_largest, self._with_central = "activation_max" in stats, "kurtosis" in stats
         self.records: dict[str, Record] = {}  # in the order of their first call
         self.forward_counts: Callable[[], bool] = lambda: False
-        self.gradient_factor: float | Tensor | None = None
+        self.gradient_factor: Number | None = None
         self.strays = 0
         self.partial: dict[str, None] = {}
         self.childs: dict[str, None] = {}
@@ -115,7 +117,7 @@ class Tap:
         tensor = first_floating(output)
         if tensor is None:
             return
-        if self._units.is_output_of_child(layer, tensor):
+        if layer.name in self._outer and self._units.is_output_of_child(layer, tensor):
             self.childs.setdefault(layer.name)
             return
         if not recomputed:
@@ -147,7 +149,7 @@ class Tap:
         if values is None:
             self.partial.setdefault(layer.name)
             return
-        moments = _placed(observe(values, dim), share)
+        moments = _placed(observe(values.reshape(1), 0) if dim is None else observe(values, dim), share)
         record = self._record(layer)
         outputs = record.outputs
         outputs[share.total] = merge(outputs[share.total], moments) if share.total in outputs else moments
@@ -191,9 +193,15 @@ class Tap:
             self._handles.append(handle)
 
 
+def _with_layers_inside(layers: Iterable[Layer]) -> set[str]:
+    """Names of modules that are around a layer: only these can return a child's tensor."""
+    paths = (layer.name.split(".")[:-1] for layer in layers)
+    return {name for path in paths for name in itertools.accumulate(path, "{}.{}".format)}
+
+
 def _placed(moments: Moments, share: Share) -> Moments:
     """Moments of some units, as moments of all: the others are other ranks' and zero here."""
-    if share.held == share.total:
+    if share.held == share.total or not isinstance(moments.sums, Tensor):
         return moments
     sums = moments.sums.new_zeros(share.total)
     sums[share.offset : share.offset + share.held] = moments.sums

@@ -1,0 +1,145 @@
+/* Σx of each unit and Σx² of float32 numbers in memory, in one pass over all threads: the fast path of moments.py.
+   Without a compiler that takes this, the package installs without it and does the same in PyTorch. */
+
+#define _GNU_SOURCE /* RTLD_DEFAULT */
+#define Py_LIMITED_API 0x030a0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <dlfcn.h>
+#include <stdlib.h>
+
+#include "_blocks.h"
+
+/* A tensor [outer, units, inner] is so many blocks, which threads share. */
+
+enum { WORTH_A_THREAD = 1 << 16 };
+
+typedef struct {
+    const float *x;
+    int64_t outer, units, inner, blocks;
+    double *sums;     /* [threads, units], zero before */
+    double *squares;  /* [threads], zero before */
+    float *distances; /* [threads, units] */
+} Task;
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t blocks_in(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+INLINE double add_blocks(const Task *t, int64_t first, int64_t last, double *sums, float *distances) {
+    double squares = 0;
+    int64_t per_run = blocks_in(t->inner, BLOCK);
+    for (int64_t b = first; b < last; ++b) {
+        if (t->inner == 1) {
+            squares += rows(t->x + b * ROWS * t->units, smaller(ROWS, t->outer - b * ROWS), t->units, distances, sums);
+        } else {
+            int64_t run = b / per_run, start = b % per_run * BLOCK;
+            squares += block(t->x + run * t->inner + start, smaller(BLOCK, t->inner - start), sums + run % t->units);
+        }
+    }
+    return squares;
+}
+
+/* The same code for every processor, and once more for those that can do more. */
+
+typedef double AddBlocks(const Task *, int64_t, int64_t, double *, float *);
+
+static double add_anywhere(const Task *t, int64_t first, int64_t last, double *sums, float *distances) {
+    return add_blocks(t, first, last, sums, distances);
+}
+static AddBlocks *fastest = add_anywhere;
+
+#if defined(__x86_64__)
+__attribute__((target("avx2,fma"))) static double add_with_avx2(const Task *t, int64_t first, int64_t last,
+                                                                double *sums, float *distances) {
+    return add_blocks(t, first, last, sums, distances);
+}
+static void choose_processor(void) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) fastest = add_with_avx2;
+}
+#else
+static void choose_processor(void) {}
+#endif
+
+/* PyTorch's own threads, as many as it would take, where they are GNU OpenMP's; else this one. Threads of our own
+   would compete with them: they spin while they wait. */
+
+static void (*in_parallel)(void (*)(void *), void *, unsigned, unsigned);
+static int (*thread_number)(void), (*num_threads)(void), (*max_threads)(void), (*is_parallel)(void);
+
+static void choose_threads(void) {
+    *(void **)&thread_number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    *(void **)&num_threads = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    *(void **)&max_threads = dlsym(RTLD_DEFAULT, "omp_get_max_threads");
+    *(void **)&is_parallel = dlsym(RTLD_DEFAULT, "omp_in_parallel");
+    if (thread_number && num_threads && max_threads && is_parallel) {
+        *(void **)&in_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    }
+}
+
+static void add_share(void *data) {
+    const Task *t = data;
+    int64_t of = in_parallel && is_parallel() ? num_threads() : 1, i = of > 1 ? thread_number() : 0;
+    t->squares[i] = fastest(t, t->blocks * i / of, t->blocks * (i + 1) / of, t->sums + i * t->units,
+                            t->distances + i * t->units);
+}
+
+/* Writes Σx of each unit into t->sums and Σx² into *squares; 0 without memory. Other threads may run Python. */
+static int run(Task *t, double *squares) {
+    if (t->units == 1) t->inner *= t->outer, t->outer = 1;
+    t->blocks = t->inner == 1 ? blocks_in(t->outer, ROWS) : t->outer * t->units * blocks_in(t->inner, BLOCK);
+    int64_t threads = 1, units = t->units;
+    if (in_parallel && !is_parallel()) threads = smaller(max_threads(), 1 + t->outer * units * t->inner / WORTH_A_THREAD);
+    double *sums = t->sums, *memory = calloc(threads * (units + 1) * sizeof(double) + threads * units * sizeof(float), 1);
+    if (!memory) return 0;
+    t->sums = memory, t->squares = memory + threads * units, t->distances = (float *)(t->squares + threads);
+    Py_BEGIN_ALLOW_THREADS;
+    if (threads > 1) in_parallel(add_share, t, (unsigned)threads, 0);
+    else add_share(t);
+    memset(sums, 0, units * sizeof *sums);
+    *squares = 0;
+    for (int64_t i = 0; i < threads; ++i) {
+        *squares += t->squares[i];
+        for (int64_t u = 0; u < units; ++u) sums[u] += t->sums[i * units + u];
+    }
+    Py_END_ALLOW_THREADS;
+    free(memory);
+    return 1;
+}
+
+static int are_given(Py_ssize_t given, Py_ssize_t wanted) {
+    if (given != wanted) PyErr_Format(PyExc_TypeError, "takes %zd arguments, %zd given", wanted, given);
+    return given == wanted;
+}
+
+static PyObject *by_unit(PyObject *module, PyObject *const *args, Py_ssize_t given) {
+    if (!are_given(given, 5)) return NULL;
+    double squares;
+    Task t = {.x = PyLong_AsVoidPtr(args[0]), .outer = PyLong_AsLongLong(args[1]), .units = PyLong_AsLongLong(args[2]),
+              .inner = PyLong_AsLongLong(args[3]), .sums = PyLong_AsVoidPtr(args[4])};
+    if (PyErr_Occurred()) return NULL;
+    return run(&t, &squares) ? PyFloat_FromDouble(squares) : PyErr_NoMemory();
+}
+
+static PyObject *whole(PyObject *module, PyObject *const *args, Py_ssize_t given) {
+    if (!are_given(given, 2)) return NULL;
+    double sum, squares;
+    Task t = {.x = PyLong_AsVoidPtr(args[0]), .outer = 1, .units = 1, .inner = PyLong_AsLongLong(args[1]), .sums = &sum};
+    if (PyErr_Occurred()) return NULL;
+    return run(&t, &squares) ? Py_BuildValue("dd", sum, squares) : PyErr_NoMemory();
+}
+
+static PyMethodDef functions[] = {
+    {"by_unit", (PyCFunction)(void (*)(void))by_unit, METH_FASTCALL, NULL},
+    {"whole", (PyCFunction)(void (*)(void))whole, METH_FASTCALL, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_sums", NULL, 0, functions, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__sums(void) {
+    choose_processor();
+    choose_threads();
+    return PyModule_Create(&definition);
+}
