@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init import ActivationVarianceMonitor
+from lightning_init import ActivationVarianceMonitor, moments
 
 
 class Monitor:
@@ -29,6 +29,18 @@ class Monitor:
 
     def stop(self, module: LightningModule) -> None:
         pass
+
+
+class MonitorInTorch(Monitor):
+    """The same as it is where the package was installed without a C compiler."""
+
+    compiled = moments._sums
+
+    def start(self, module: LightningModule) -> None:
+        moments._sums = None  # type: ignore[assignment]
+
+    def stop(self, module: LightningModule) -> None:
+        moments._sums = self.compiled
 
 
 class NaiveHooks(Callback):
@@ -128,6 +140,7 @@ class WandbWatch(Callback):
 
 WATCHERS: dict[str, tuple[str, Callable[[int, Path], Any]]] = {
     "`ActivationVarianceMonitor`": ("5 statistics a layer", Monitor),
+    "installed without a C compiler": ("the same", MonitorInTorch),
     "hooks with `.item()`": ("variances, zeros, norms, naively", NaiveHooks),
     "`wandb.watch`, offline": ("gradient histograms", WandbWatch),
     "`grad_norm`, `log_dict`": ("gradient norms, Lightning's way", GradNorm),

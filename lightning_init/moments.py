@@ -12,6 +12,7 @@ PyTorch costs 5 to 50 µs before it has added anything: that one call replaces a
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
@@ -47,7 +48,7 @@ class Moments(NamedTuple):
     squares: Number
 
 
-def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
+def observe(values: Tensor, unit_dim: int | None = None, memory: Number | None = None) -> Moments:
     """Moments of ``values``, per unit along ``unit_dim``; None takes all elements together.
 
     Runs without waiting for a device, without autograd and the same under autocast or any default dtype.
@@ -55,6 +56,7 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
     Args:
         values: any floating dtype, any shape, any strides, also empty.
         unit_dim: the dimension whose entries are units.
+        memory: ``sums`` that nobody needs any more. If there are as many, they may be written again.
 
     Returns:
         The moments, with ``values.shape[unit_dim]`` units, on the device of ``values`` (on the CPU where the
@@ -65,13 +67,20 @@ def observe(values: Tensor, unit_dim: int | None = None) -> Moments:
     >>> observe(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
     Moments(n=4, sums=12.0, squares=50.0)
     """
-    moments = _in_one_pass(values, unit_dim)
+    moments = _in_one_pass(values, unit_dim, memory)
     return _in_float64(values.detach(), unit_dim) if moments is None else moments
+
+
+def waits(values: Tensor) -> bool:
+    """Whether reading a number of ``values`` would wait for a device."""
+    return not values.is_cpu
 
 
 def is_quick(values: Tensor) -> bool:
     """Whether sums of ``values`` cost one call, if its memory has no gaps: there is nothing to gain by grouping."""
-    return _sums is not None and type(values) is Tensor and values.dtype is torch.float32 and values.is_cpu
+    if _sums is None or type(values) is not Tensor:
+        return False
+    return values.dtype is torch.float32 and values.layout is torch.strided and not waits(values)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -116,26 +125,28 @@ def _not_negative(value: Number) -> Number:
     return value.clamp_min(0) if isinstance(value, Tensor) else 0.0 if value < 0 else value
 
 
-def _in_one_pass(values: Tensor, unit_dim: int | None) -> Moments | None:
+def _in_one_pass(values: Tensor, unit_dim: int | None, memory: Number | None = None) -> Moments | None:
     """By ``_sums.c``, straight from memory; None for what it cannot read there."""
     if not is_quick(values):
         return None
     n = values.numel()
-    sizes = _sizes_in_memory(values, unit_dim)
     address = values.data_ptr()  # 0 of nothing, and of the zeros that autograd makes without memory
+    sizes = _sizes(values.shape, unit_dim) if values.is_contiguous() else _sizes_in_memory(values, unit_dim)
     if sizes is None or not address or values.is_neg():
         return None
     if unit_dim is None:
         return Moments(n, *_sums.whole(address, n))
     outer, units, inner = sizes
-    sums = torch.empty(units, dtype=torch.float64, device="cpu")
+    sums = memory if isinstance(memory, Tensor) and len(memory) == units else _new_sums(units)
     return Moments(n, sums, _sums.by_unit(address, outer, units, inner, sums.data_ptr()))
+
+
+def _new_sums(units: int) -> Tensor:
+    return torch.empty(units, dtype=torch.float64, device="cpu")
 
 
 def _sizes_in_memory(values: Tensor, unit_dim: int | None) -> tuple[int, int, int] | None:
     """``values`` as [outer, units, inner] in the order of its memory; None if that has gaps or overlaps."""
-    if values.is_contiguous():
-        return (1, 1, values.numel()) if unit_dim is None else _sizes(values.shape, unit_dim)
     shape, strides = values.shape, values.stride()
     order = sorted((dim for dim in range(len(shape)) if shape[dim] > 1), key=lambda dim: -strides[dim])
     step = 1
@@ -144,15 +155,15 @@ def _sizes_in_memory(values: Tensor, unit_dim: int | None) -> tuple[int, int, in
             return None
         step *= shape[dim]
     if unit_dim is None or (unit := unit_dim % len(shape)) not in order:
-        return 1, 1, values.numel()
-    return _sizes([shape[dim] for dim in order], order.index(unit))
+        return 1, 1, values.numel()  # all together, or one unit
+    return _sizes(tuple(shape[dim] for dim in order), order.index(unit))
 
 
 def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
     """Sums over float64 copies of a cache's size: nothing can go wrong."""
     blocks = _as_blocks(values.cpu() if values.is_mps else values, unit_dim)  # Apple's GPUs have no float64
     _, units, inner = blocks.shape
-    limit = _BLOCK if blocks.is_cpu else _BLOCK_OF_ACCELERATORS
+    limit = _BLOCK_OF_ACCELERATORS if waits(blocks) else _BLOCK
     parts = torch.split(blocks, max(1, limit // max(1, units * inner)))
     sums, squares = _float64_sums(parts[0])
     for block in parts[1:]:
@@ -160,7 +171,7 @@ def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
         sums += more_sums
         squares += more_squares
     total = sums.sum() if unit_dim is None else sums
-    if not blocks.is_cpu:
+    if waits(blocks):
         return Moments(values.numel(), total, squares)
     return Moments(values.numel(), total.item() if unit_dim is None else total, squares.item())
 
@@ -174,13 +185,17 @@ def _float64_sums(block: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
     """``values`` as [outer, units, inner], without copying where its strides allow it."""
-    if unit_dim is None or values.dim() == 0:
+    if unit_dim is None:
         return values.reshape(values.numel(), 1, 1)
     if not values.is_contiguous() and (units_last := values.movedim(unit_dim, -1)).is_contiguous():
         values, unit_dim = units_last, -1  # a channels_last image
     return values.reshape(_sizes(values.shape, unit_dim))
 
 
-def _sizes(shape: Sequence[int], unit_dim: int) -> tuple[int, int, int]:
+@functools.lru_cache(maxsize=4096)
+def _sizes(shape: tuple[int, ...], unit_dim: int | None) -> tuple[int, int, int]:
+    """[outer, units, inner]. Remembered: a layer's outputs have the same shape at every logged step."""
+    if unit_dim is None:
+        return 1, 1, math.prod(shape)
     dim = unit_dim % len(shape)
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

@@ -27,7 +27,7 @@ def test_monitor_overhead(tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "growth.png"
     printed = run("monitor_overhead", "--quick", "--threads", "1", "--markdown", "--plot", str(plot))
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) >= 6 or "left out" in printed  # heads, rule, watchers, nobody
+    assert len(rows) >= 7 or "left out" in printed  # heads, rule, watchers, nobody
     assert rows[2][0].strip() == "`ActivationVarianceMonitor`"
     assert all(re.fullmatch(r" \d+\.\d\d× · \d+\.\d{3}× ", cell) for row in rows[2:-1] for cell in row[2:])
     assert all(re.fullmatch(r" \d+\.\d ms ", cell) for cell in rows[-1][2:])

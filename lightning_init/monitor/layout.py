@@ -52,6 +52,8 @@ class Layout:
         self.gradient_counts, self.gradient_sums, self.gradient_squares = next(parts), next(parts), next(parts)
         self.norms, self.extras, self.sums = parts
         self.size = ends[-1]
+        begins = list(itertools.accumulate((slot.units for slot in slots), initial=0))[:-1]
+        self.starts = begins if slots and all(slot.units for slot in slots) else None  # which leaves no slot empty
         place = {layer: i for i, layer in enumerate(self.layers)}
         self.units = torch.tensor([slot.units for slot in slots], dtype=torch.int64, device=device)  # [slots]
         self.layer_of_slot = torch.tensor([place[slot.layer] for slot in slots], dtype=torch.int64, device=device)

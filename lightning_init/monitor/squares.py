@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_init.moments import Number, is_quick, observe
+from lightning_init.moments import Number, is_quick, observe, waits
 
 _SMALL = 1 << 13
 """Elements up to which tensors are squared together, where the calls cost more than the numbers."""
@@ -18,10 +18,12 @@ _TOGETHER = 1 << 17
 
 def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Number]:
     """This rank's share of Σx² of each tensor: summed over all ranks it is the squared norm."""
-    held = [_held(tensor, world_size) for tensor in tensors]
     sums: dict[int, Number] = {}
-    small = []
-    for i, (tensor, _) in enumerate(held):
+    small: list[tuple[int, Tensor]] = []
+    copies = [world_size] * len(tensors)
+    for i, tensor in enumerate(tensors):
+        if not is_quick(tensor):
+            tensor, copies[i] = _held(tensor, world_size)
         if is_quick(tensor) or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
             sums[i] = observe(tensor).squares
         else:
@@ -30,8 +32,8 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
         flat = torch.cat([tensor.reshape(-1) for _, tensor in group]).double()
         lengths = torch.tensor([tensor.numel() for _, tensor in group], device=flat.device)
         together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)  # unsafe: lengths unread
-        sums.update(zip((i for i, _ in group), together.tolist() if flat.is_cpu else together.unbind(), strict=True))
-    return [sums[i] if copies == 1 else sums[i] / copies for i, (_, copies) in enumerate(held)]
+        sums.update(zip((i for i, _ in group), together.unbind() if waits(flat) else together.tolist(), strict=True))
+    return [sums[i] / copies[i] for i in range(len(tensors))]
 
 
 def _held(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:

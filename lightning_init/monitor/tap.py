@@ -76,6 +76,7 @@ class Tap:
         self._handles: list[RemovableHandle] = []
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
+        self._memory: dict[str, Number] = {}  # of the sums of the step before, which are packed by now
 
     def attach(self, forward_counts: Callable[[], bool] = lambda: True) -> None:
         """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
@@ -131,12 +132,12 @@ class Tap:
         if factor is None:
             self.strays += 1  # torch.autograd.grad inside the forward pass, or a backward nobody announced
             return
-        values = local_part(gradient)
+        values = gradient if type(gradient) is Tensor else local_part(gradient)
         if values is None:
             self.partial.setdefault(layer.name)
             return
         moments = scale(observe(values), factor)
-        record = self._record(layer)
+        record = self.records.get(layer.name) or self._new_record(layer)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
     def fault(self, layer: Layer, error: Exception) -> None:
@@ -145,21 +146,24 @@ class Tap:
 
     def _count(self, layer: Layer, args: Any, tensor: Tensor) -> None:
         dim, share = self._units.find(layer, args, tensor)
-        values = local_part(tensor)
+        values = tensor if type(tensor) is Tensor else local_part(tensor)
         if values is None:
             self.partial.setdefault(layer.name)
             return
-        moments = _placed(observe(values.reshape(1), 0) if dim is None else observe(values, dim), share)
-        record = self._record(layer)
-        outputs = record.outputs
-        outputs[share.total] = merge(outputs[share.total], moments) if share.total in outputs else moments
+        record = self.records.get(layer.name) or self._new_record(layer)
+        before = record.outputs.get(share.total)
+        if dim is None:
+            values, dim = values.reshape(1), 0
+        moments = observe(values, dim, None if record.outputs else self._memory.get(layer.name))
+        self._memory[layer.name] = moments.sums
+        if share.held < share.total:
+            moments = _placed(moments, share)
+        record.outputs[share.total] = merge(before, moments) if before else moments
         if self._looks or self._with_largest or self._with_central:
             self._look(layer, record, values)
 
-    def _record(self, layer: Layer) -> Record:
-        record = self.records.get(layer.name)
-        if record is None:
-            record = self.records[layer.name] = Record()
+    def _new_record(self, layer: Layer) -> Record:
+        record = self.records[layer.name] = Record()
         return record
 
     def _look(self, layer: Layer, record: Record, values: Tensor) -> None:
@@ -201,8 +205,7 @@ def _with_layers_inside(layers: Iterable[Layer]) -> set[str]:
 
 def _placed(moments: Moments, share: Share) -> Moments:
     """Moments of some units, as moments of all: the others are other ranks' and zero here."""
-    if share.held == share.total or not isinstance(moments.sums, Tensor):
-        return moments
+    assert isinstance(moments.sums, Tensor)
     sums = moments.sums.new_zeros(share.total)
     sums[share.offset : share.offset + share.held] = moments.sums
     return moments._replace(sums=sums)
