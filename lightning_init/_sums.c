@@ -7,38 +7,48 @@
 #include <Python.h>
 
 #include <dlfcn.h>
+#include <math.h>
 #include <stdlib.h>
 
 #include "_blocks.h"
 
-/* A tensor [outer, units, inner] is so many blocks, which threads share. */
+/* A tensor [outer, units, inner] is so many blocks, and those are so many shares, which threads take in turn. */
 
-enum { WORTH_A_THREAD = 1 << 16 };
+enum { WORTH_A_SHARE = 1 << 16 };
 
 typedef struct {
     const float *x;
-    int64_t outer, units, inner, blocks;
-    double *sums;     /* [threads, units], zero before */
-    double *squares;  /* [threads], zero before */
-    float *distances; /* [threads, units] */
+    int64_t outer, units, inner, blocks, shares, next;
+    double *sums;     /* [shares, units], zero before */
+    double *squares;  /* [shares] */
+    float *distances; /* [shares, units] */
 } Task;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t blocks_in(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
+/* Adds x and keeps what the addition rounds away: equal blocks would round a hundred thousand times the same way. */
+INLINE void add(double x, double *sum, double *lost) {
+    double before = *sum, after = before + x, seen = after - before;
+    *lost += (before - (after - seen)) + (x - seen);
+    *sum = after;
+}
+
 INLINE double add_blocks(const Task *t, int64_t first, int64_t last, double *sums, float *distances) {
-    double squares = 0;
+    double squares = 0, lost = 0;
     int64_t per_run = blocks_in(t->inner, BLOCK);
     for (int64_t b = first; b < last; ++b) {
         if (t->inner == 1) {
-            squares += rows(t->x + b * ROWS * t->units, smaller(ROWS, t->outer - b * ROWS), t->units, distances, sums);
+            const float *x = t->x + b * ROWS * t->units;
+            add(rows(x, smaller(ROWS, t->outer - b * ROWS), t->units, distances, sums), &squares, &lost);
         } else {
             int64_t run = b / per_run, start = b % per_run * BLOCK;
-            squares += block(t->x + run * t->inner + start, smaller(BLOCK, t->inner - start), sums + run % t->units);
+            const float *x = t->x + run * t->inner + start;
+            add(block(x, smaller(BLOCK, t->inner - start), sums + run % t->units), &squares, &lost);
         }
     }
-    return squares;
+    return isfinite(lost) ? squares + lost : squares;
 }
 
 /* The same code for every processor, and once more for those that can do more. */
@@ -62,44 +72,50 @@ static void choose_processor(void) {
 static void choose_processor(void) {}
 #endif
 
-/* PyTorch's own threads, as many as it would take, where they are GNU OpenMP's; else this one. Threads of our own
-   would compete with them: they spin while they wait. */
+/* PyTorch's own threads, all of them, as it calls them itself: a smaller team would end the others. Threads of our own
+   would compete with them, since they spin while they wait. Where they cannot be found, this thread does it alone. */
 
 static void (*in_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*thread_number)(void), (*num_threads)(void), (*max_threads)(void), (*is_parallel)(void);
+static int (*max_threads)(void), (*is_parallel)(void);
 
 static void choose_threads(void) {
-    *(void **)&thread_number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
-    *(void **)&num_threads = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+#ifdef __linux__
     *(void **)&max_threads = dlsym(RTLD_DEFAULT, "omp_get_max_threads");
     *(void **)&is_parallel = dlsym(RTLD_DEFAULT, "omp_in_parallel");
-    if (thread_number && num_threads && max_threads && is_parallel) {
-        *(void **)&in_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (max_threads && is_parallel) *(void **)&in_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+#endif
+}
+
+static void take_shares(void *data) {
+    Task *t = data;
+    for (int64_t i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->shares;) {
+        t->squares[i] = fastest(t, t->blocks * i / t->shares, t->blocks * (i + 1) / t->shares, t->sums + i * t->units,
+                                t->distances + i * t->units);
     }
 }
 
-static void add_share(void *data) {
-    const Task *t = data;
-    int64_t of = in_parallel && is_parallel() ? num_threads() : 1, i = of > 1 ? thread_number() : 0;
-    t->squares[i] = fastest(t, t->blocks * i / of, t->blocks * (i + 1) / of, t->sums + i * t->units,
-                            t->distances + i * t->units);
+/* At most one for each thread, and each of some size compared with the memory that it needs. */
+static int64_t shares_of(const Task *t) {
+    if (!in_parallel || is_parallel()) return 1;
+    int64_t worth = 1 + t->outer * t->units * t->inner / WORTH_A_SHARE, most = 1 + t->outer * t->inner / ROWS;
+    return smaller(smaller(max_threads(), worth), smaller(t->blocks ? t->blocks : 1, most));
 }
 
 /* Writes Σx of each unit into t->sums and Σx² into *squares; 0 without memory. Other threads may run Python. */
 static int run(Task *t, double *squares) {
-    if (t->units == 1) t->inner *= t->outer, t->outer = 1;
-    t->blocks = t->inner == 1 ? blocks_in(t->outer, ROWS) : t->outer * t->units * blocks_in(t->inner, BLOCK);
-    int64_t threads = 1, units = t->units;
-    if (in_parallel && !is_parallel()) threads = smaller(max_threads(), 1 + t->outer * units * t->inner / WORTH_A_THREAD);
-    double *sums = t->sums, *memory = calloc(threads * (units + 1) * sizeof(double) + threads * units * sizeof(float), 1);
+    int64_t units = t->units;
+    if (units == 1) t->inner *= t->outer, t->outer = 1;
+    t->blocks = t->inner == 1 ? blocks_in(t->outer, ROWS) : t->outer * units * blocks_in(t->inner, BLOCK);
+    t->shares = shares_of(t);
+    double *sums = t->sums, *memory = calloc(t->shares, (units + 1) * sizeof(double) + units * sizeof(float));
     if (!memory) return 0;
-    t->sums = memory, t->squares = memory + threads * units, t->distances = (float *)(t->squares + threads);
+    t->sums = memory, t->squares = memory + t->shares * units, t->distances = (float *)(t->squares + t->shares);
     Py_BEGIN_ALLOW_THREADS;
-    if (threads > 1) in_parallel(add_share, t, (unsigned)threads, 0);
-    else add_share(t);
+    if (t->shares > 1) in_parallel(take_shares, t, 0, 0);
+    else take_shares(t);
     memset(sums, 0, units * sizeof *sums);
     *squares = 0;
-    for (int64_t i = 0; i < threads; ++i) {
+    for (int64_t i = 0; i < t->shares; ++i) {
         *squares += t->squares[i];
         for (int64_t u = 0; u < units; ++u) sums[u] += t->sums[i * units + u];
     }

@@ -97,7 +97,7 @@ def pack(numbers: Sequence[Number], device: torch.device) -> Tensor:
     """``numbers`` as one float64 vector on ``device``: what is known here in one copy, the rest without waiting."""
     on_device = {i: number for i, number in enumerate(numbers) if isinstance(number, Tensor)}
     known = [0.0 if i in on_device else number for i, number in enumerate(numbers)] if on_device else numbers
-    vector = torch.tensor(known, dtype=torch.float64, device="cpu").to(device)
+    vector = torch.tensor(known, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
     if on_device:
         vector[list(on_device)] = torch.stack([number.to(device) for number in on_device.values()])
     return vector
@@ -130,15 +130,20 @@ def _in_one_pass(values: Tensor, unit_dim: int | None, memory: Number | None = N
     if not is_quick(values):
         return None
     n = values.numel()
-    address = values.data_ptr()  # 0 of nothing, and of the zeros that autograd makes without memory
+    address = values.data_ptr()  # 0 of nothing
     sizes = _sizes(values.shape, unit_dim) if values.is_contiguous() else _sizes_in_memory(values, unit_dim)
-    if sizes is None or not address or values.is_neg():
+    if sizes is None or not address or values.is_neg() or values._is_zerotensor():  # autograd's, without memory
         return None
     if unit_dim is None:
         return Moments(n, *_sums.whole(address, n))
     outer, units, inner = sizes
-    sums = memory if isinstance(memory, Tensor) and len(memory) == units else _new_sums(units)
+    sums = memory if type(memory) is Tensor and _fits(memory, units) else _new_sums(units)
     return Moments(n, sums, _sums.by_unit(address, outer, units, inner, sums.data_ptr()))
+
+
+def _fits(memory: Tensor, units: int) -> bool:
+    """Whether it is what ``_new_sums`` would give; sums of an accelerator are not."""
+    return memory.is_cpu and memory.dtype is torch.float64 and memory.shape == (units,)
 
 
 def _new_sums(units: int) -> Tensor:
@@ -185,7 +190,7 @@ def _float64_sums(block: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
     """``values`` as [outer, units, inner], without copying where its strides allow it."""
-    if unit_dim is None:
+    if unit_dim is None or values.dim() == 0:
         return values.reshape(values.numel(), 1, 1)
     if not values.is_contiguous() and (units_last := values.movedim(unit_dim, -1)).is_contiguous():
         values, unit_dim = units_last, -1  # a channels_last image
@@ -195,7 +200,7 @@ def _as_blocks(values: Tensor, unit_dim: int | None) -> Tensor:
 @functools.lru_cache(maxsize=4096)
 def _sizes(shape: tuple[int, ...], unit_dim: int | None) -> tuple[int, int, int]:
     """[outer, units, inner]. Remembered: a layer's outputs have the same shape at every logged step."""
-    if unit_dim is None:
+    if unit_dim is None or not shape:
         return 1, 1, math.prod(shape)
     dim = unit_dim % len(shape)
     return math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])

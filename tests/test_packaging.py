@@ -21,7 +21,7 @@ print(moments._sums is not None, moments.observe(torch.arange(12.0).reshape(4, 3
 """
 
 
-def build(folder: Path, **environment: str) -> Path:
+def build(folder: Path, **environment: str) -> None:
     """A wheel of a copy of the sources, unpacked; nothing is written beside them."""
     copy = folder / "sources"
     shutil.copytree(
@@ -34,19 +34,17 @@ def build(folder: Path, **environment: str) -> Path:
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
-    return wheel
 
 
 @pytest.mark.parametrize("compiler", ["cc", "false"])
 def test_wheel(compiler: str, tmp_path: Path) -> None:
-    wheel = build(tmp_path, CC=compiler)
+    build(tmp_path, CC=compiler)
     package = tmp_path / "unpacked" / "lightning_init"
     kept = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
     sources = {path.relative_to(ROOT / "lightning_init").as_posix() for path in (ROOT / "lightning_init").rglob("*.py")}
     compiled = {name for name in kept if name.endswith(".so")}
     assert kept == sources | compiled | {"py.typed", "_sums.pyi"}
     assert len(compiled) == (compiler == "cc")
-    assert "-cp310-abi3-" in wheel.name
     printed = subprocess.run(
         [sys.executable, "-c", MEASURE],
         cwd=package.parent,

@@ -104,13 +104,26 @@ def test_dimensions_of_one_have_any_stride() -> None:
         torch.ones(5, 1).expand(5, 4),
         torch.empty(0, 3),
         torch._efficientzerotensor((4, 3)),
+        torch._efficientzerotensor((5, 3))[1:],
         torch.arange(4.0).reshape(2, 2).double(),
         torch.ones(4, 3, dtype=torch.bfloat16),
         torch.nn.Parameter(torch.ones(4, 3)),
         torch._neg_view(torch.arange(12.0).reshape(4, 3)),
         torch.ones(4, 3, device="meta"),
     ],
-    ids=["steps", "gaps", "overlaps", "nothing", "no memory", "float64", "bfloat16", "a subclass", "negated", "meta"],
+    ids=[
+        "steps",
+        "gaps",
+        "overlaps",
+        "nothing",
+        "no memory",
+        "a part of none",
+        "float64",
+        "bfloat16",
+        "a subclass",
+        "negated",
+        "meta",
+    ],
 )
 def test_what_cannot_be_read_from_memory_is_left(values: Tensor) -> None:
     assert moments._in_one_pass(values, 1) is None
@@ -186,6 +199,26 @@ def test_any_sizes(rows: int, units: int, inner: int, mean: float, seed: int) ->
     values = torch.randn(rows, units, inner, generator=generator) + mean
     check(values, 1, 1e-6)
     check(values, None, 1e-6)
+
+
+def test_equal_blocks_add_up() -> None:
+    """2²² elements far from zero, every row the same: naive addition would round each block the same way."""
+    row = torch.randn(1024, generator=torch.Generator().manual_seed(0)) - 1e4
+    for values, dim in ((row.repeat(4096, 1), 1), (row.repeat(4096), None)):
+        expected = values.view(4096, -1).double()[:1].var(correction=0).item()
+        assert float(variance(compiled(values, dim))) == pytest.approx(expected, rel=3e-6)
+
+
+def test_memory_is_written_over_only_if_it_fits() -> None:
+    values = torch.ones(4, 3)
+    own = torch.empty(3, dtype=torch.float64)
+    assert observe(values, 1, own).sums is own
+    for other in (torch.zeros(2, dtype=torch.float64), torch.zeros(3), own.to("meta"), 1.0):
+        found = observe(values, 1, other).sums
+        assert found is not other
+        assert torch.equal(torch.as_tensor(found), torch.full((3,), 4.0, dtype=torch.float64))
+    scalar = observe(torch.tensor(2.0), 0)
+    assert torch.equal(torch.as_tensor(scalar.sums), torch.tensor([2.0], dtype=torch.float64))
 
 
 def test_wrong_arguments_are_errors() -> None:

@@ -98,6 +98,7 @@ class Recorder:
             self._agree(records)
             flags, reading = self._summed(records)
         self.norms.empty()
+        self.tap.reuse(records)
         if flags[FAULT]:
             self._agree({})
         return reading.stats(self.stats, self.layers) if reading and not self.off else None

@@ -30,7 +30,8 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
             small.append((i, tensor))
     for group in _groups(small):
         flat = torch.cat([tensor.reshape(-1) for _, tensor in group]).double()
-        lengths = torch.tensor([tensor.numel() for _, tensor in group], device=flat.device)
+        sizes = torch.tensor([tensor.numel() for _, tensor in group], device="cpu")
+        lengths = sizes.to(flat.device, non_blocking=True)  # or it would wait for the backward pass
         together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)  # unsafe: lengths unread
         sums.update(zip((i for i, _ in group), together.unbind() if waits(flat) else together.tolist(), strict=True))
     return [sums[i] / copies[i] for i in range(len(tensors))]

@@ -76,7 +76,7 @@ class Tap:
         self._handles: list[RemovableHandle] = []
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
-        self._memory: dict[str, Number] = {}  # of the sums of the step before, which are packed by now
+        self._memory: dict[str, Number] = {}  # sums to write over, but for those of a record in use
 
     def attach(self, forward_counts: Callable[[], bool] = lambda: True) -> None:
         """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
@@ -105,6 +105,12 @@ class Tap:
         """Hand over the records and start again."""
         records, self.records, self.strays = self.records, {}, 0
         return records
+
+    def reuse(self, records: dict[str, Record]) -> None:
+        """Records that were handed over are packed: their memory serves the next step's."""
+        for name, record in records.items():
+            for moments in record.outputs.values():
+                self._memory[name] = moments.sums
 
     def saw_weights(self, layer: Layer) -> None:
         """A layer whose weights are spread over ranks is about to be called."""
@@ -151,13 +157,12 @@ class Tap:
             self.partial.setdefault(layer.name)
             return
         record = self.records.get(layer.name) or self._new_record(layer)
-        before = record.outputs.get(share.total)
         if dim is None:
             values, dim = values.reshape(1), 0
-        moments = observe(values, dim, None if record.outputs else self._memory.get(layer.name))
-        self._memory[layer.name] = moments.sums
+        moments = observe(values, dim, None if record.outputs else self._memory.pop(layer.name, None))
         if share.held < share.total:
             moments = _placed(moments, share)
+        before = record.outputs.get(share.total)
         record.outputs[share.total] = merge(before, moments) if before else moments
         if self._looks or self._with_largest or self._with_central:
             self._look(layer, record, values)
