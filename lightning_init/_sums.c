@@ -12,16 +12,17 @@
 
 #include "_blocks.h"
 
-/* A tensor [outer, units, inner] is so many blocks, and those are so many shares, which threads take in turn. */
+/* A tensor [outer, units, inner] is so many blocks, and those are so many shares. */
 
 enum { WORTH_A_SHARE = 1 << 16 };
 
 typedef struct {
     const float *x;
-    int64_t outer, units, inner, blocks, shares, next;
+    int64_t outer, units, inner, blocks, shares;
     double *sums;     /* [shares, units], zero before */
     double *squares;  /* [shares] */
     float *distances; /* [shares, units] */
+    char *taken;      /* [shares], zero before */
 } Task;
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -76,21 +77,27 @@ static void choose_processor(void) {}
    would compete with them, since they spin while they wait. Where they cannot be found, this thread does it alone. */
 
 static void (*in_parallel)(void (*)(void *), void *, unsigned, unsigned);
-static int (*max_threads)(void), (*is_parallel)(void);
+static int (*max_threads)(void), (*is_parallel)(void), (*thread_number)(void);
 
 static void choose_threads(void) {
 #ifdef __linux__
     *(void **)&max_threads = dlsym(RTLD_DEFAULT, "omp_get_max_threads");
     *(void **)&is_parallel = dlsym(RTLD_DEFAULT, "omp_in_parallel");
-    if (max_threads && is_parallel) *(void **)&in_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    *(void **)&thread_number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+    if (max_threads && is_parallel && thread_number) *(void **)&in_parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 #endif
 }
 
+/* Each thread begins with the share at its own place, which it has probably written and still in its cache, and then
+   takes what nobody has taken, however many threads have come. */
 static void take_shares(void *data) {
     Task *t = data;
-    for (int64_t i; (i = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->shares;) {
-        t->squares[i] = fastest(t, t->blocks * i / t->shares, t->blocks * (i + 1) / t->shares, t->sums + i * t->units,
-                                t->distances + i * t->units);
+    int64_t own = t->shares > 1 ? thread_number() : 0;
+    for (int64_t i = 0; i < t->shares; ++i) {
+        int64_t share = (own + i) % t->shares;
+        if (__atomic_exchange_n(t->taken + share, 1, __ATOMIC_RELAXED)) continue;
+        t->squares[share] = fastest(t, t->blocks * share / t->shares, t->blocks * (share + 1) / t->shares,
+                                    t->sums + share * t->units, t->distances + share * t->units);
     }
 }
 
@@ -107,9 +114,10 @@ static int run(Task *t, double *squares) {
     if (units == 1) t->inner *= t->outer, t->outer = 1;
     t->blocks = t->inner == 1 ? blocks_in(t->outer, ROWS) : t->outer * units * blocks_in(t->inner, BLOCK);
     t->shares = shares_of(t);
-    double *sums = t->sums, *memory = calloc(t->shares, (units + 1) * sizeof(double) + units * sizeof(float));
+    double *sums = t->sums, *memory = calloc(t->shares, (units + 1) * sizeof(double) + units * sizeof(float) + 1);
     if (!memory) return 0;
     t->sums = memory, t->squares = memory + t->shares * units, t->distances = (float *)(t->squares + t->shares);
+    t->taken = (char *)(t->distances + t->shares * units);
     Py_BEGIN_ALLOW_THREADS;
     if (t->shares > 1) in_parallel(take_shares, t, 0, 0);
     else take_shares(t);

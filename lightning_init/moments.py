@@ -28,6 +28,8 @@ except ImportError:  # installed without a C compiler: the same numbers, slower
 Number: TypeAlias = float | Tensor
 """A float where it is known without waiting for a device, else a float64 tensor, []."""
 
+_LEAST_ADDRESS = 1 << 32
+"""What lies below is no memory but a distance from 0: of nothing, and of the zeros that autograd makes without any."""
 _BLOCK = 1 << 17
 """Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and not in the peak."""
 _BLOCK_OF_ACCELERATORS = 1 << 22
@@ -56,7 +58,7 @@ def observe(values: Tensor, unit_dim: int | None = None, memory: Number | None =
     Args:
         values: any floating dtype, any shape, any strides, also empty.
         unit_dim: the dimension whose entries are units.
-        memory: ``sums`` that nobody needs any more. If there are as many, they may be written again.
+        memory: the ``sums`` of moments that nobody needs any more, to be written over if they fit.
 
     Returns:
         The moments, with ``values.shape[unit_dim]`` units, on the device of ``values`` (on the CPU where the
@@ -78,9 +80,8 @@ def waits(values: Tensor) -> bool:
 
 def is_quick(values: Tensor) -> bool:
     """Whether sums of ``values`` cost one call, if its memory has no gaps: there is nothing to gain by grouping."""
-    if _sums is None or type(values) is not Tensor:
-        return False
-    return values.dtype is torch.float32 and values.layout is torch.strided and not waits(values)
+    quick = _sums is not None and type(values) is Tensor and values.dtype is torch.float32
+    return quick and values.is_cpu and values.layout is torch.strided
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -90,6 +91,8 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 def scale(moments: Moments, factor: Number) -> Moments:
     """Moments of ``factor * x``."""
+    if isinstance(factor, float) and factor == 1.0:
+        return moments
     return Moments(moments.n, moments.sums * factor, moments.squares * factor**2)
 
 
@@ -130,24 +133,18 @@ def _in_one_pass(values: Tensor, unit_dim: int | None, memory: Number | None = N
     if not is_quick(values):
         return None
     n = values.numel()
-    address = values.data_ptr()  # 0 of nothing
+    address = values.data_ptr()
     sizes = _sizes(values.shape, unit_dim) if values.is_contiguous() else _sizes_in_memory(values, unit_dim)
-    if sizes is None or not address or values.is_neg() or values._is_zerotensor():  # autograd's, without memory
+    if sizes is None or address < _LEAST_ADDRESS or values.is_neg():
         return None
     if unit_dim is None:
         return Moments(n, *_sums.whole(address, n))
     outer, units, inner = sizes
-    sums = memory if type(memory) is Tensor and _fits(memory, units) else _new_sums(units)
+    if type(memory) is Tensor and memory.is_cpu and memory.dtype is torch.float64 and len(memory) == units:
+        sums = memory
+    else:
+        sums = torch.empty(units, dtype=torch.float64, device="cpu")
     return Moments(n, sums, _sums.by_unit(address, outer, units, inner, sums.data_ptr()))
-
-
-def _fits(memory: Tensor, units: int) -> bool:
-    """Whether it is what ``_new_sums`` would give; sums of an accelerator are not."""
-    return memory.is_cpu and memory.dtype is torch.float64 and memory.shape == (units,)
-
-
-def _new_sums(units: int) -> Tensor:
-    return torch.empty(units, dtype=torch.float64, device="cpu")
 
 
 def _sizes_in_memory(values: Tensor, unit_dim: int | None) -> tuple[int, int, int] | None:

@@ -32,6 +32,7 @@ def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing on this machine waits for a device; the code that has to avoid it runs all the same."""
     for module in (moments, squares, reading):
         monkeypatch.setattr(module, "waits", lambda values: True)
+    monkeypatch.setattr(moments, "_sums", None)
 
 
 class PythonReads(TorchFunctionMode):

@@ -116,7 +116,7 @@ class Norms:
             places = self._places[kind] = self._places_of(parameters, device)
         sums = torch.zeros(1 + len(self.owners), dtype=torch.float64, device=device)
         if found:
-            values = torch.cat([pack(some.values, device) * some.factor**2 for some in found])
+            values = _squares_of(found, device)
             sums.index_add_(0, places.rows, values[places.columns])
         return torch.cat((sums, places.counts))
 
@@ -127,6 +127,15 @@ class Norms:
         rows, columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
         counts = torch.bincount(rows, minlength=1 + len(self.owners)).double()
         return _Places(parameters, rows.to(device), columns.to(device), counts.to(device))
+
+
+def _squares_of(found: Sequence[_Squares], device: torch.device) -> Tensor:
+    """Float64 [parameters of all], their factors applied."""
+    vectors = [pack(some.values, device) for some in found]
+    for vector, (_, _, factor) in zip(vectors, found, strict=True):
+        if isinstance(factor, Tensor) or factor != 1.0:
+            vector *= factor**2
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
 
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:

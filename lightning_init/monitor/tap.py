@@ -74,6 +74,7 @@ class Tap:
         self.childs: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
+        self._gradient_hooks = {layer: _GradientHook(self, layer) for layer in self.layers}
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
         self._memory: dict[str, Number] = {}  # sums to write over, but for those of a record in use
@@ -197,7 +198,7 @@ class Tap:
             if known is None or known() is not base:
                 self._bases[id(base)] = weakref.ref(base)
                 tensor = base
-        handle = tensor.register_hook(_GradientHook(self, layer))  # type: ignore[no-untyped-call]
+        handle = tensor.register_hook(self._gradient_hooks[layer])  # type: ignore[no-untyped-call]
         if tensor.is_leaf:  # a module that hands out its parameter: it outlives the batch, and so would the hook
             self._handles.append(handle)
 
