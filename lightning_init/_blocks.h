@@ -1,10 +1,10 @@
 /* Σx of each unit and Σx² of one block of float32 numbers.
 
    A block of about a thousand numbers is added up in float32, eight at a time and never more than 32 one after the
-   other, as distances d from a number k near their mean (of rows: from the first one): whatever the mean is, a sum of squares changes by less than
-   a millionth. Blocks meet in float64, as Σx = Σd + nk and Σx² = Σd² + k (2 Σd + nk). A block that still is far from
-   its k compared with its spread, whose squares leave float32, or that holds a NaN, is added up once more in float64:
-   there, float32 would lose more than rounding.
+   other, as distances d from a number k near their mean (of rows: from the first one): whatever the mean is, a sum of
+   squares changes by less than a millionth. Blocks meet in float64, as Σx = Σd + nk and Σx² = Σd² + k (2 Σd + nk). A
+   block that still is far from its k compared with its spread, whose squares leave float32, or that holds a NaN, is
+   added up once more in float64: there, float32 would lose more than rounding.
 
    The vectors are those of GCC and Clang, for any processor. */
 

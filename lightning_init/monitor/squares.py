@@ -22,9 +22,11 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
     small: list[tuple[int, Tensor]] = []
     copies = [world_size] * len(tensors)
     for i, tensor in enumerate(tensors):
-        if not is_quick(tensor):
+        quick = is_quick(tensor)
+        if not quick:
             tensor, copies[i] = _held(tensor, world_size)
-        if is_quick(tensor) or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
+            quick = is_quick(tensor)
+        if quick or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
             sums[i] = observe(tensor).squares
         else:
             small.append((i, tensor))
