@@ -83,3 +83,17 @@ def test_a_writer_of_ones_own(tmp_path: Path) -> None:
     own.experiment.close()
     assert own.steps == {}
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("activation_variance/a")[0].value == pytest.approx(2.0)
+
+
+def test_a_step_says_only_what_it_was_told(tmp_path: Path) -> None:
+    """The messages of one step serve the next: nothing of them may stay where the tags are others."""
+    logger = TensorBoardLogger(tmp_path)
+    board = Board([logger])
+    steps = [{"x/a": 1.0, "x/b": 2.0}, {"x/b": 4.0, "x/a": 3.0}, {"x/b": 5.0}, {"x/b": 6.0, "x/c": 7.0}]
+    for step, tags in enumerate(steps):
+        board.write(tags, step)
+    logger.experiment.flush()
+    accumulator = EventAccumulator(logger.log_dir).Reload()
+    for tag in ("x/a", "x/b", "x/c"):
+        told = [(step, tags[tag]) for step, tags in enumerate(steps) if tag in tags]
+        assert [(event.step, event.value) for event in accumulator.Scalars(tag)] == told

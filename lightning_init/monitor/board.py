@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_init.monitor.extras import EDGES
 from lightning_init.monitor.norms import KINDS_OF
+from lightning_init.monitor.records import quicken
 from lightning_init.monitor.stats import Histogram
 
 
@@ -29,6 +30,8 @@ class Board:
             for logger, experiment in zip(loggers, experiments, strict=True)
             if not isinstance(experiment, SummaryWriter)
         ]
+        self._scalars = Summary()
+        self._scalar_of: dict[str, Summary.Value] = {}
 
     def write_layout(self, stats: Sequence[str]) -> None:
         """Once a run: the "Custom scalars" tab gets one chart per statistic with every layer in it.
@@ -51,14 +54,24 @@ class Board:
             return
         if self.writers:
             summary = Summary()
-            for tag, value in tags.items():
-                summary.value.add(tag=tag, simple_value=value)
+            summary.CopyFrom(self._with(tags))
             for layer, histogram in (histograms or {}).items():
                 summary.value.add(tag=f"histogram/{layer}", histo=_histogram_proto(histogram))
             for writer in self.writers:
-                writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+                file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
+                quicken(file_writer)
+                file_writer.add_summary(summary, step)
         for logger in self.others:
             logger.log_metrics(dict(tags), step=step)
+
+    def _with(self, tags: Mapping[str, float]) -> Summary:
+        """The scalars as TensorBoard has them; where the tags are the last step's, so are the messages."""
+        if self._scalar_of.keys() != tags.keys():
+            self._scalars = Summary()
+            self._scalar_of = {tag: self._scalars.value.add(tag=tag) for tag in tags}
+        for tag, value in tags.items():
+            self._scalar_of[tag].simple_value = value
+        return self._scalars
 
 
 def _histogram_proto(histogram: Histogram) -> HistogramProto:
