@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,9 +99,9 @@ def scale(moments: Moments, factor: Number) -> Moments:
 
 def pack(numbers: Sequence[Number], device: torch.device) -> Tensor:
     """``numbers`` as one float64 vector on ``device``: what is known here in one copy, the rest without waiting."""
-    on_device = {i: number for i, number in enumerate(numbers) if isinstance(number, Tensor)}
+    on_device = {i: number for i, number in enumerate(numbers) if not isinstance(number, (float, int))}
     known = [0.0 if i in on_device else number for i, number in enumerate(numbers)] if on_device else numbers
-    vector = torch.tensor(known, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
+    vector = torch.from_numpy(np.array(known, dtype=np.float64)).to(device, non_blocking=True)
     if on_device:
         vector[list(on_device)] = torch.stack([number.to(device) for number in on_device.values()])
     return vector

@@ -25,7 +25,7 @@ def records() -> dict[str, Record]:
 
 def test_every_number_has_its_place() -> None:
     layout = Layout([A, B, C], norms=4, device=CPU)
-    vector = layout.pack(records(), torch.tensor([10.0, 11.0, 12.0, 13.0], dtype=torch.float64), [0.0, 1.0])
+    vector = layout.pack(records(), [10.0, 11.0, 12.0, 13.0], [0.0, 1.0])
     assert vector.dtype == torch.float64
     assert vector.shape == (layout.size,)
     assert layout.layers == ("a", "b")
@@ -48,14 +48,14 @@ def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
     known = Layout([A, B], norms=2, device=CPU)
     assert known.knows({"b": Record({3: observe(torch.ones(1, 3), 1)})})
     assert not known.knows(records())
-    vector = known.pack({"a": records()["a"]}, torch.zeros(2, dtype=torch.float64), [0.0, 0.0])
+    vector = known.pack({"a": records()["a"]}, [0.0, 0.0], [0.0, 0.0])
     assert vector[known.counts].tolist() == [2, 0]
     assert vector[known.sums].tolist() == [1, 2, 0, 0, 0]
 
 
 def test_a_model_without_layers() -> None:
     layout = Layout([], norms=2, device=CPU)
-    vector = layout.pack({}, torch.zeros(2, dtype=torch.float64), [0.0, 0.0])
+    vector = layout.pack({}, [0.0, 0.0], [0.0, 0.0])
     assert vector.tolist() == [0.0] * (FLAGS + 2)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_init.moments import pack
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.norms import Norms, whole_gradients
 from tests.models import conv_net, mlp
@@ -26,9 +27,11 @@ BLOCKS = 1e-7
 def norms_of(network: nn.Module, parameters: list[nn.Parameter] | None = None) -> dict[str, float]:
     norms = Norms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters() if parameters is None else parameters))
-    packed = norms.packed(CPU).tolist()
-    values, counts = packed[: len(packed) // 2], packed[len(packed) // 2 :]
-    return {n: v**0.5 for n, v, c in zip(["total", *norms.owners], values, counts, strict=True) if c}
+    return norms.read([float(number) for number in norms.packed()])["gradient"]
+
+
+def vector(norms: Norms) -> Tensor:
+    return pack(norms.packed(), CPU)
 
 
 @pytest.mark.parametrize("build", [mlp, conv_net])
@@ -86,14 +89,16 @@ def test_the_last_look_counts_and_is_forgotten() -> None:
     network = with_gradients(mlp(depth=1), 64)
     norms = Norms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters()))
-    once = norms.packed(CPU)
+    once = vector(norms)
     norms.before_step(whole_gradients(network.parameters()))
-    assert torch.equal(norms.packed(CPU), once)
-    norms.before_step(whole_gradients(network.parameters()), torch.tensor(0.5, dtype=torch.float64))
-    torch.testing.assert_close(norms.packed(CPU)[:3], once[:3] / 4, rtol=1e-12, atol=0)
+    assert torch.equal(vector(norms), once)
+    squares = norms.size // 2
+    for factor in (0.5, torch.tensor(0.5, dtype=torch.float64)):
+        norms.before_step(whole_gradients(network.parameters()), factor)
+        torch.testing.assert_close(vector(norms)[:squares], once[:squares] / 4, rtol=1e-12, atol=0)
     norms.empty()
-    assert not norms.packed(CPU).any()
-    assert norms.packed(CPU).dtype == torch.float64
+    assert not vector(norms).any()
+    assert len(norms.packed()) == norms.size
 
 
 def test_a_model_without_gradients() -> None:
@@ -112,9 +117,9 @@ def test_optimizers_that_take_turns() -> None:
     for parts in ([first], [second], [first, second], [gradients], [second, first, second]):
         for part in parts:
             norms.before_step(part)
-        packed.append(norms.packed(CPU))
+        packed.append(vector(norms))
         norms.empty()
     torch.testing.assert_close(packed[2], packed[0] + packed[1], rtol=1e-15, atol=0)
     torch.testing.assert_close(packed[3], packed[2], rtol=1e-15, atol=0)
     torch.testing.assert_close(packed[4], packed[2], rtol=1e-15, atol=0)
-    assert packed[0].count_nonzero() == packed[1].count_nonzero() == 4  # total and one row, sums and counts
+    assert packed[0].count_nonzero() == packed[1].count_nonzero() == 4  # weight and bias, sums and counts

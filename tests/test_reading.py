@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_init.moments import merge, observe
 from lightning_init.monitor.elementwise import Activation
@@ -17,11 +17,11 @@ from lightning_init.monitor.stats import DEFAULT_STATS, LayerStats
 from lightning_init.monitor.tap import Record
 
 CPU = torch.device("cpu")
-NO_NORMS = torch.zeros(2, dtype=torch.float64)
+NO_NORMS = [0.0, 0.0]
 
 
-def read(records: dict[str, Record], *, norms: Tensor = NO_NORMS, owners: int = 0) -> LayerStats:
-    """As one process does it; ``norms`` are packed norms of layers "a", "b", "c", …."""
+def read(records: dict[str, Record], *, norms: list[float] = NO_NORMS, owners: int = 0) -> LayerStats:
+    """As one process does it; ``norms`` are packed norms of others, and of layers "a", "b", "c", … of one parameter."""
     layers = [Layer("abc"[i], nn.Identity(), None, (nn.Parameter(torch.ones(1)),)) for i in range(owners)]
     who = Norms(layers, ["gradient_norm"])
     layout = Layout(slots_of(records), who.size, CPU)
@@ -70,7 +70,7 @@ def test_what_was_not_measured_is_absent() -> None:
 
 def test_norms_are_roots_in_execution_order() -> None:
     one = Record({1: observe(torch.ones(1, 1), 1)})
-    norms = torch.tensor([25.0, 16.0, 9.0, 0.0, 2.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    norms = [0.0, 16.0, 9.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     values = read({"b": one, "a": one}, norms=norms, owners=3).values
     assert list(values["gradient_norm"].items()) == [("b", 3.0), ("a", 4.0), ("total", 5.0)]
 

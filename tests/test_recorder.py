@@ -68,10 +68,10 @@ def test_nothing_is_kept_for_the_next_step() -> None:
     network = mlp()
     recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
     assert measure(recorder, network, *batch()) is not None
-    assert not recorder.norms.packed(CPU).any()
+    assert not any(recorder.norms.packed())
     assert recorder.norms.look_back
     recorder.after_step([])  # would find weights of before the step, had any been kept
-    assert not recorder.norms.packed(CPU).any()
+    assert not any(recorder.norms.packed())
     assert recorder.tap.empty() == {}
 
 
@@ -82,7 +82,7 @@ def test_only_the_chosen_statistics_cost_anything() -> None:
     assert stats is not None
     assert set(stats.values) == {"activation_variance"}
     assert recorder.tap.with_gradients is False
-    assert not recorder.norms.packed(CPU).any()
+    assert not any(recorder.norms.packed())
 
 
 def test_an_unfinished_step_leaves_nothing() -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init.monitor.hooks import in_backward_pass
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.stats import DEFAULT_STATS
-from lightning_init.monitor.tap import Tap, in_backward_pass
+from lightning_init.monitor.tap import Tap
 from tests.test_tap import fail, squared
 
 
@@ -74,3 +75,33 @@ def test_a_backward_pass_knows_itself() -> None:
     y.sum().backward()
     assert inside == [True]
     assert not in_backward_pass()
+
+
+class Parts(nn.Module):
+    """Returns two outputs of one node, the second first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (x * self.weight).unbind(1)
+        return second, first
+
+
+@pytest.mark.parametrize(("part", "reached"), [(0, True), (1, False)])
+def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
+    """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
+    torch.manual_seed(0)
+    network = nn.Sequential(Parts())
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    chosen = network(torch.randn(4, 2, 6))[part]
+    tap.gradient_factor = 1.0
+    chosen.square().sum().backward()
+    (record,) = tap.empty().values()
+    tap.detach()
+    assert (record.gradients is not None) == reached
+    assert not tap.partial
+    if record.gradients is not None:
+        assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)

@@ -53,10 +53,10 @@ class Board:
         if not tags and not histograms:
             return
         if self.writers:
-            summary = Summary()
-            summary.CopyFrom(self._with(tags))
-            for layer, histogram in (histograms or {}).items():
-                summary.value.add(tag=f"histogram/{layer}", histo=_histogram_proto(histogram))
+            summary = self._with(tags)
+            if histograms:
+                values = [Summary.Value(tag=f"histogram/{name}", histo=_proto(h)) for name, h in histograms.items()]
+                summary = Summary(value=[*summary.value, *values])
             for writer in self.writers:
                 file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
                 quicken(file_writer)
@@ -74,7 +74,7 @@ class Board:
         return self._scalars
 
 
-def _histogram_proto(histogram: Histogram) -> HistogramProto:
+def _proto(histogram: Histogram) -> HistogramProto:
     """TensorBoard's form: bins with their right edges, from the first to the last that has elements."""
     edges = (*EDGES, 2 * EDGES[-1])  # the last bin has no end; TensorBoard wants one
     filled = [i for i, count in enumerate(histogram.counts) if count] or [0]

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_init.moments import Moments, pack
+from lightning_init.moments import Moments, Number, pack
 from lightning_init.monitor.tap import Record
 
 FAULT, UNKNOWN, FLAGS = 0, 1, 2
@@ -55,12 +56,17 @@ class Layout:
         begins = list(itertools.accumulate((slot.units for slot in slots), initial=0))[:-1]
         self.starts = begins if slots and all(slot.units for slot in slots) else None  # which leaves no slot empty
         place = {layer: i for i, layer in enumerate(self.layers)}
-        self.units = torch.tensor([slot.units for slot in slots], dtype=torch.int64, device=device)  # [slots]
-        self.layer_of_slot = torch.tensor([place[slot.layer] for slot in slots], dtype=torch.int64, device=device)
+        self.units = np.array([slot.units for slot in slots], dtype=np.int64)  # [slots]
+        self.layer_of_slot = np.array([place[slot.layer] for slot in slots], dtype=np.int64)
+        self.units_there = torch.from_numpy(self.units).to(device)
         self._known = frozenset(slots)
+        self._vector = torch.empty(self.size, dtype=torch.float64, device=device)
+        self.scratch = np.empty(units)
         nothing = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
         self._nothing = {slot.units: Moments(0, nothing[: slot.units], 0.0) for slot in slots}
-        self.slot_of_unit = torch.arange(num_slots, device=device).repeat_interleave(self.units)  # [units]
+        layer_of_unit = torch.from_numpy(self.layer_of_slot.repeat(self.units))
+        self._layer_of_unit = layer_of_unit.to(device)
+        self._layer_of_slot = torch.from_numpy(self.layer_of_slot).to(device)
 
     def knows(self, records: Mapping[str, Record]) -> bool:
         """Whether every slot of ``records`` has its place."""
@@ -68,22 +74,24 @@ class Layout:
 
     def means(self, total: Tensor) -> Tensor:
         """The mean of all outputs of each layer, [layers], from a summed vector; NaN of nothing."""
-        sums = total.new_zeros(2, len(self.slots))
-        sums[0].index_add_(0, self.slot_of_unit, total[self.sums])
-        sums[1] = total[self.counts]
-        by_layer = total.new_zeros(2, len(self.layers)).index_add_(1, self.layer_of_slot, sums)
-        return by_layer[0] / by_layer[1]
+        sums = total.new_zeros(len(self.layers)).index_add_(0, self._layer_of_unit, total[self.sums])
+        counts = total.new_zeros(len(self.layers)).index_add_(0, self._layer_of_slot, total[self.counts])
+        return sums / counts
 
-    def pack(self, records: Mapping[str, Record], norms: Tensor, flags: Sequence[float]) -> Tensor:
-        """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero."""
+    def pack(self, records: Mapping[str, Record], norms: Sequence[Number], flags: Sequence[float]) -> Tensor:
+        """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero.
+
+        It is written over by the next one: fresh memory of its size costs more than what is written to it.
+        """
         nobody, nothing = Record(), Moments(0, 0.0, 0.0)
         outputs = [records.get(name, nobody).outputs.get(units, self._nothing[units]) for name, units in self.slots]
         gradients = [records.get(name, nobody).gradients or nothing for name in self.layers]
-        numbers = [*flags, *(moments.n for moments in outputs), *(moments.squares for moments in outputs)]
+        numbers: list[Number] = [*flags, *(moments.n for moments in outputs), *(moments.squares for moments in outputs)]
         for column in zip(*gradients, strict=True):
             numbers += column
+        numbers += norms
         sums = [moments.sums for moments in outputs if isinstance(moments.sums, Tensor)]  # all of them: by unit
-        return torch.cat([pack(numbers, self.device), norms, *self._extras(records), *sums])
+        return torch.cat([pack(numbers, self.device), *self._extras(records), *sums], out=self._vector)
 
     def _extras(self, records: Mapping[str, Record]) -> list[Tensor]:
         """What was measured on request, [layers · width] each."""

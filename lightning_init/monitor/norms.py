@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -24,20 +23,19 @@ KINDS_OF = {
 
 
 class _Squares(NamedTuple):
-    """Squared norms, and what the tensors they are of have to be multiplied by."""
+    """Squared norms of what belongs to ``parameters``."""
 
     parameters: tuple[nn.Parameter, ...]
-    values: list[Number]
-    factor: Number
+    values: Sequence[Number]
 
 
 class _Places(NamedTuple):
-    """Which of ``parameters`` (columns) add up to which numbers of the packed vector (rows), and how many do."""
+    """Where the squares of ``parameters`` go: (place, column) of those that layers own, the columns of the others."""
 
     parameters: tuple[nn.Parameter, ...]
-    rows: Tensor
-    columns: Tensor
-    counts: Tensor
+    owned: list[tuple[int, int]]
+    others: list[int]
+    counts: list[float]
 
 
 class Norms:
@@ -47,27 +45,25 @@ class Norms:
     that the sum over all ranks is the squared norm of the whole tensor, however it is spread.
 
     Args:
-        layers: whose parameters form the rows; a parameter shared by two layers is in both, and once in total.
+        layers: whose norms are read; a parameter shared by two layers is in both, and once in total.
         stats: which statistics will be asked for.
         world_size: number of ranks that will be summed over.
     """
 
     def __init__(self, layers: Sequence[Layer], stats: Sequence[str], world_size: int = 1) -> None:
-        self.owners = [layer.name for layer in layers if layer.parameters]
         self.kinds = tuple(dict.fromkeys(kind for stat in stats for kind in KINDS_OF.get(stat, ())))
         self.world_size = world_size
-        self._rows: dict[nn.Parameter, list[int]] = {}
-        for row, layer in enumerate(layer for layer in layers if layer.parameters):
-            for parameter in layer.parameters:
-                self._rows.setdefault(parameter, []).append(row)
+        self._owned = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters))
+        self._place = {parameter: place for place, parameter in enumerate(self._owned, 1)}
+        self._rows = {layer.name: [self._place[p] for p in layer.parameters] for layer in layers if layer.parameters}
         self._squares: dict[str, list[_Squares]] = {kind: [] for kind in self.kinds}
         self._places: dict[str, _Places] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
 
     @property
     def size(self) -> int:
-        """Length of the packed vector: per kind, total and rows twice."""
-        return len(self.kinds) * 2 * (1 + len(self.owners))
+        """How many numbers are packed: per kind, squares of all others and of each owned parameter, then counts."""
+        return len(self.kinds) * 2 * (1 + len(self._owned))
 
     @property
     def look_back(self) -> bool:
@@ -79,7 +75,7 @@ class Norms:
         if "gradient" in self.kinds:
             self.add("gradient", gradients, factor)
         if "weight" in self.kinds:
-            self.add("weight", {parameter: parameter.detach() for parameter in self._rows})
+            self.add("weight", {parameter: parameter.detach() for parameter in self._owned})
         if "update" in self.kinds:
             self._before.update({parameter: parameter.detach().clone() for parameter in gradients})
 
@@ -94,8 +90,12 @@ class Norms:
     def add(self, kind: str, tensors: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Remember the squared norms of ``tensors`` times ``factor``."""
         if tensors:
-            values = sums_of_squares(list(tensors.values()), self.world_size)
-            self._squares[kind].append(_Squares(tuple(tensors), values, factor))
+            values: Sequence[Number] = sums_of_squares(list(tensors.values()), self.world_size)
+            if isinstance(factor, Tensor):
+                values = (pack(values, factor.device) * factor**2).unbind()
+            elif factor != 1.0:
+                values = [value * factor**2 for value in values]
+            self._squares[kind].append(_Squares(tuple(tensors), values))
 
     def empty(self) -> None:
         """Forget what was collected."""
@@ -103,39 +103,41 @@ class Norms:
             squares.clear()
         self._before.clear()
 
-    def packed(self, device: torch.device) -> Tensor:
-        """Float64 [size]: per kind, total and rows' sums of squares, then how many parameters each summed."""
-        blocks = [self._block(kind, device) for kind in self.kinds]
-        return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.float64, device=device)
+    def packed(self) -> list[Number]:
+        """[size]: per kind, squared norms, each at its parameter's place, and how many parameters each is of."""
+        return [number for kind in self.kinds for number in self._block(kind)]
 
-    def _block(self, kind: str, device: torch.device) -> Tensor:
+    def read(self, numbers: Sequence[float]) -> dict[str, dict[str, float]]:
+        """By kind, norms of layers and "total" from packed numbers that ranks have added up; of none is none."""
+        length = 1 + len(self._owned)
+        read = {}
+        for i, kind in enumerate(self.kinds):
+            squares, counts = (numbers[start : start + length] for start in (2 * i * length, (2 * i + 1) * length))
+            rows = {**self._rows, "total": range(length)}
+            counted = {name: places for name, places in rows.items() if any(counts[place] for place in places)}
+            read[kind] = {name: sum(squares[place] for place in places) ** 0.5 for name, places in counted.items()}
+        return read
+
+    def _block(self, kind: str) -> list[Number]:
         found = self._squares[kind]
-        parameters = found[0].parameters if len(found) == 1 else tuple(p for some in found for p in some.parameters)
+        parameters = tuple(parameter for squares in found for parameter in squares.parameters)
+        values = [value for squares in found for value in squares.values]
         places = self._places.get(kind)
         if places is None or not _same(places.parameters, parameters):  # they are the next time, as a rule
-            places = self._places[kind] = self._places_of(parameters, device)
-        sums = torch.zeros(1 + len(self.owners), dtype=torch.float64, device=device)
-        if found:
-            values = _squares_of(found, device)
-            sums.index_add_(0, places.rows, values[places.columns])
-        return torch.cat((sums, places.counts))
+            places = self._places[kind] = self._places_of(parameters)
+        block: list[Number] = [0.0] * (1 + len(self._owned))
+        for place, column in places.owned:
+            block[place] = values[column]
+        for column in places.others:
+            block[0] = block[0] + values[column]
+        return block + places.counts
 
-    def _places_of(self, parameters: tuple[nn.Parameter, ...], device: torch.device) -> _Places:
+    def _places_of(self, parameters: tuple[nn.Parameter, ...]) -> _Places:
         last = {parameter: column for column, parameter in enumerate(parameters)}
-        pairs = [(0, column) for column in last.values()]
-        pairs += [(1 + row, column) for parameter, column in last.items() for row in self._rows.get(parameter, ())]
-        rows, columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T
-        counts = torch.bincount(rows, minlength=1 + len(self.owners)).double()
-        return _Places(parameters, rows.to(device), columns.to(device), counts.to(device))
-
-
-def _squares_of(found: Sequence[_Squares], device: torch.device) -> Tensor:
-    """Float64 [parameters of all], their factors applied."""
-    vectors = [pack(some.values, device) for some in found]
-    for vector, (_, _, factor) in zip(vectors, found, strict=True):
-        if isinstance(factor, Tensor) or factor != 1.0:
-            vector *= factor**2
-    return vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        owned = [(self._place[parameter], column) for parameter, column in last.items() if parameter in self._place]
+        others = [column for parameter, column in last.items() if parameter not in self._place]
+        counts = [float(len(others)), *(float(parameter in last) for parameter in self._owned)]
+        return _Places(parameters, owned, others, counts)
 
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:

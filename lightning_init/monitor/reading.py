@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,8 +19,8 @@ from lightning_init.monitor.norms import Norms
 from lightning_init.monitor.second import Second
 from lightning_init.monitor.stats import Histogram, LayerStats
 
-Rows = dict[str, list[float]]
-Columns = list[list[float]]
+Numbers: TypeAlias = npt.NDArray[np.float64]
+Rows: TypeAlias = dict[str, list[float]]
 
 
 class Reading:
@@ -31,23 +34,20 @@ class Reading:
     """
 
     def __init__(self, total: Tensor, layout: Layout, second: Second, norms: Norms) -> None:
-        head, slots, rest = _read(total, layout, [v for v in (second.largest, second.fourth) if v is not None])
-        self.flags = head[layout.flags]
+        beside = {"activation_max": second.largest, "fourth": second.fourth}
+        head, of_slots, rest = _read(total, layout, [values for values in beside.values() if values is not None])
+        self.flags: list[float] = head[layout.flags].tolist()
         self._layers = layout.layers
-        self._rows = {**_outputs(head, slots, layout), **_gradients(head, layout)}
-        if second.largest is not None:
-            self._rows["activation_max"] = rest.pop(0)
-        if second.fourth is not None:
-            columns = zip(rest.pop(0), self._rows["counts"], self._rows["activation_variance"], strict=True)
-            self._rows["kurtosis"] = [_ratio(fourth, n * variance * variance) for fourth, n, variance in columns]
-        norm_numbers, extras = head[layout.norms], head[layout.extras]
-        self._norms = {
-            kind: _split(block, [1 + len(norms.owners)] * 2)
-            for kind, block in zip(norms.kinds, _split_evenly(norm_numbers, len(norms.kinds)), strict=True)
-        }
-        self._owners = norms.owners
+        with np.errstate(all="ignore"):  # what overflows is shown as it is
+            rows = {**_outputs(head, of_slots, layout), **_gradients(head, layout)}
+            rows.update(zip((stat for stat, values in beside.items() if values is not None), rest, strict=True))
+            if "fourth" in rows:
+                spread = rows["counts"] * rows["activation_variance"] ** 2
+                rows["kurtosis"] = np.where(spread != 0, rows["fourth"] / spread, np.nan)
+        self._rows: Rows = {stat: row.tolist() for stat, row in rows.items()}
+        self._norms = norms.read(head[layout.norms].tolist())
         widths = [len(layout.layers) * width for width in layout.widths.values()]
-        self._extras = dict(zip(layout.widths, _split(extras, widths), strict=True))
+        self._extras = dict(zip(layout.widths, _split(head[layout.extras].tolist(), widths), strict=True))
 
     def stats(self, chosen: Sequence[str], layers: Iterable[Layer]) -> LayerStats:
         """The chosen statistics; ``layers`` say which of them make sense where."""
@@ -76,15 +76,16 @@ class Reading:
     def _norms_of(self, stat: str) -> dict[str, float]:
         kinds = {"gradient_norm": "gradient", "gradient_norm_clipped": "clipped", "weight_norm": "weight"}
         if stat != "update_ratio":
-            return self._roots(kinds[stat])
-        moved, weights = self._roots("update"), self._roots("weight")
+            return self._ordered(kinds[stat])
+        moved, weights = self._ordered("update"), self._ordered("weight")
         return {name: _ratio(norm, weights[name]) for name, norm in moved.items() if weights.get(name)}
 
-    def _roots(self, kind: str) -> dict[str, float]:
-        squares, counts = self._norms[kind]
-        norms = {n: s**0.5 for n, s, count in zip(("total", *self._owners), squares, counts, strict=True) if count}
-        order = [*self._layers, *self._owners, "total"]
-        return {name: norms[name] for name in dict.fromkeys(order) if name in norms}
+    def _ordered(self, kind: str) -> dict[str, float]:
+        """The norms, layers in execution order, the total at the end."""
+        norms = self._norms[kind]
+        order = dict.fromkeys([*self._layers, *norms])
+        order.pop("total", None)
+        return {name: norms[name] for name in [*order, "total"] if name in norms}
 
     def _histograms(self) -> dict[str, Histogram]:
         width = ADDITIVE["histogram"].width
@@ -94,66 +95,61 @@ class Reading:
         return {layer: Histogram(counts, *numbers) for layer, counts, numbers in found if numbers[0]}
 
 
-def _read(total: Tensor, layout: Layout, beside: list[Tensor]) -> tuple[list[float], Columns, Columns]:
+def _read(total: Tensor, layout: Layout, beside: Sequence[Tensor]) -> tuple[Numbers, list[Numbers], list[Numbers]]:
     """In one copy: the numbers before the units' sums; sums, their squares and zeros of each slot; what is beside.
 
     On the CPU by NumPy, whose calls cost a fifth where caches are cold; ``segment_reduce`` does the same anywhere.
     """
     head, by_unit = total[: layout.sums.start], total[layout.sums]
     if layout.starts is not None and not waits(total):
-        units = by_unit.numpy()
-        with np.errstate(all="ignore"):  # what overflows is shown as it is
-            of_units = units, units * units, (units == 0) * 1.0
-            by_slot = [np.add.reduceat(values, layout.starts).tolist() for values in of_units]
-        return head.tolist(), by_slot, [values.tolist() for values in beside]
+        units, scratch = by_unit.numpy(), layout.scratch
+        with np.errstate(all="ignore"):
+            sums = np.add.reduceat(units, layout.starts)
+            squares = np.add.reduceat(np.multiply(units, units, out=scratch), layout.starts)
+            zeros = np.add.reduceat(np.equal(units, 0.0, out=scratch), layout.starts)
+        return head.numpy(), [sums, squares, zeros], [values.numpy() for values in beside]
     # index_add_ costs four times as much; unsafe: the lengths are right, and checking would read them
-    sums, squares, zeros = (
-        torch.segment_reduce(values, "sum", lengths=layout.units, unsafe=True)
+    of_slots = [
+        torch.segment_reduce(values, "sum", lengths=layout.units_there, unsafe=True)
         for values in (by_unit, by_unit * by_unit, (by_unit == 0).double())
-    )
-    blocks = [head, sums, squares, zeros, *beside]
-    first, *rest = _split(torch.cat(blocks).tolist(), [block.numel() for block in blocks])
+    ]
+    blocks = [head, *of_slots, *beside]
+    numbers = torch.cat(blocks).cpu().numpy()
+    first, *rest = np.split(numbers, list(itertools.accumulate(block.numel() for block in blocks[:-1])))
     return first, rest[:3], rest[3:]
 
 
-def _outputs(head: list[float], slots: Sequence[list[float]], layout: Layout) -> Rows:
-    """Statistics of each layer's outputs, and the number of their elements, [layers] each.
-
-    In Python numbers: a few operations on a few hundred numbers cost less so than by as many calls of torch.
-    """
-    found = {layer: [0.0] * 6 for layer in layout.layers}
-    columns = zip(layout.slots, head[layout.counts], head[layout.squares], *slots, strict=True)
-    for (layer, units), n, squares, total, sums_squared, dead in columns:
-        if n:
-            per_unit = n / units  # elements that each unit of the slot has seen
-            within = (squares - sums_squared / per_unit) / per_unit  # sum over units of their variances
-            numbers = (n, total, squares, within, units, dead)
-            found[layer] = [a + b for a, b in zip(found[layer], numbers, strict=True)]
-    rows = [_of_layer(*numbers) for numbers in found.values()]
-    names = "counts", "activation_mean", "activation_rms", "activation_variance", "signal_variance", "dead_units"
-    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
-
-
-def _of_layer(n: float, total: float, squares: float, within: float, units: float, dead: float) -> tuple[float, ...]:
-    mean, square = _ratio(total, n), _ratio(squares, n)
-    return n, mean, square**0.5, _variance(square, mean), _positive(_ratio(within, units)), _ratio(dead, units)
+def _outputs(head: Numbers, of_slots: Sequence[Numbers], layout: Layout) -> dict[str, Numbers]:
+    """Statistics of each layer's outputs, and the number of their elements, [layers] each."""
+    n, squares, units = head[layout.counts], head[layout.squares], layout.units
+    total, sums_squared, dead = of_slots
+    per_unit = n / units  # elements that each unit of the slot has seen
+    within = (squares - sums_squared / per_unit) / per_unit  # sum over units of their variances
+    slots = np.where(n > 0, (n, total, squares, within, units, dead), 0.0)
+    if len(layout.slots) > len(layout.layers):
+        slots = np.array([np.bincount(layout.layer_of_slot, row, len(layout.layers)) for row in slots])
+    n, total, squares, within, units, dead = slots
+    mean, square = total / n, squares / n
+    return {
+        "counts": n,
+        "activation_mean": mean,
+        "activation_rms": np.sqrt(square),
+        "activation_variance": _variance(square, mean),
+        "signal_variance": np.maximum(within / units, 0.0),
+        "dead_units": dead / units,
+    }
 
 
-def _gradients(head: list[float], layout: Layout) -> Rows:
+def _gradients(head: Numbers, layout: Layout) -> dict[str, Numbers]:
     """Variance of the gradients of each layer's outputs, and the number of their elements, [layers] each."""
-    counts = head[layout.gradient_counts]
-    columns = zip(counts, head[layout.gradient_sums], head[layout.gradient_squares], strict=True)
-    variances = [_variance(_ratio(squares, n), _ratio(total, n)) for n, total, squares in columns]
-    return {"gradient_counts": counts, "gradient_variance": variances}
+    n = head[layout.gradient_counts]
+    variance = _variance(head[layout.gradient_squares] / n, head[layout.gradient_sums] / n)
+    return {"gradient_counts": n, "gradient_variance": variance}
 
 
-def _variance(square: float, mean: float) -> float:
-    return _positive(square - mean * mean)  # ** would raise where this overflows
-
-
-def _positive(value: float) -> float:
+def _variance(square: Numbers, mean: Numbers) -> Numbers:
     """What rounding has made negative is 0; NaN stays."""
-    return 0.0 if value < 0 else value
+    return np.maximum(square - mean * mean, 0.0)
 
 
 def _ratio(a: float, b: float) -> float:
@@ -167,7 +163,3 @@ def _split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
         pieces.append(numbers[start : start + size])
         start += size
     return pieces
-
-
-def _split_evenly(numbers: list[float], parts: int) -> list[list[float]]:
-    return _split(numbers, [len(numbers) // parts] * parts) if parts else []

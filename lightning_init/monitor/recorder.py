@@ -120,7 +120,7 @@ class Recorder:
             slots = in_one_order([seen, [slot for slot in known if slot in seen or slot.layer not in present]])
             widths = {stat: ADDITIVE[stat].width for stat in self.stats if stat in ADDITIVE}
             self._layout = Layout(slots, self.norms.size, self.device, widths)
-            self._state = PackedState(self._layout.size, self.device)
+            self._state = PackedState(self.device)
 
     def _summed(self, records: dict[str, Record]) -> tuple[list[float], Reading | None]:
         """The one collective of a step, and the one copy to the host: the flags, and what was measured."""
@@ -142,8 +142,7 @@ class Recorder:
     def _vector(self, layout: Layout, records: dict[str, Record]) -> Tensor:
         if self.fault is None:
             try:
-                norms = self.norms.packed(self.device)
-                return layout.pack(records, norms, [0.0, float(not layout.knows(records))])
+                return layout.pack(records, self.norms.packed(), [0.0, float(not layout.knows(records))])
             except Exception as error:
                 self.fail("packing", error)
         vector = torch.zeros(layout.size, dtype=torch.float64, device=self.device)

@@ -17,22 +17,21 @@ class PackedState(Metric):
     every rank has to call it, with vectors of one size, which is the caller's business to agree on.
 
     Args:
-        size: length of the vector.
         device: where it lives. Kept off the model, it is never cast and in no state dict.
     """
 
     full_state_update = False
     packed: Tensor
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(dist_sync_fn=_summed_over_ranks)
-        zeros = torch.zeros(size, dtype=torch.float64, device=device)
-        self.add_state("packed", default=zeros, dist_reduce_fx="sum")
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        self.add_state("packed", default=nothing, dist_reduce_fx="sum")
         self.to(device)
 
     def update(self, vector: Tensor) -> None:
-        """Add ``vector``."""
-        self.packed = self.packed + vector
+        """Add ``vector``, [size]. The first becomes the state as it is, and ranks write their sum over it."""
+        self.packed = self.packed + vector if self.packed.dim() else vector
 
     def compute(self) -> Tensor:
         """The sum over updates and ranks."""

@@ -59,5 +59,5 @@ def test_one_collective_a_logged_step(depth: int) -> None:
 def test_its_size_is_the_models() -> None:
     sizes = {ranks: run_ranks(collectives_of_a_fit, ranks, 5)[0][2] for ranks in (1, 2, 4)}
     assert sizes[1] == sizes[2] == sizes[4]
-    slots, layers, owners, units = 11, 11, 6, 10 * 4 + 10
-    assert sizes[2] == [("all_reduce", 2 + 2 * slots + 3 * layers + 2 * (1 + owners) + units)]
+    slots, layers, parameters, units = 11, 11, 12, 10 * 4 + 10
+    assert sizes[2] == [("all_reduce", 2 + 2 * slots + 3 * layers + 2 * (1 + parameters) + units)]

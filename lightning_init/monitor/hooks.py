@@ -1,0 +1,101 @@
+"""What is hung on modules and on the graph: it never disturbs the pass it belongs to, nor what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_init.monitor.layers import Layer
+
+
+class Hook:
+    """Shows something of ``layer`` to ``see``; what that raises goes to ``on_fault``, with the layer's name.
+
+    It copies and pickles as a hook that does nothing: a model is saved as if it had none.
+    """
+
+    __slots__ = ("layer", "on_fault", "see")
+
+    def __init__(self, layer: Layer, see: Callable[..., None], on_fault: Callable[[str, Exception], None]) -> None:
+        self.layer, self.see, self.on_fault = layer, see, on_fault
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return no_hook
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _make_no_hook, ()
+
+
+class WeightsHook(Hook):
+    """Before a module's forward."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        try:
+            self.see(self.layer)
+        except Exception as error:
+            self.on_fault(self.layer.name, error)
+
+
+class OutputHook(Hook):
+    """After a module's forward."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        try:
+            self.see(self.layer, args, output)
+        except Exception as error:
+            self.on_fault(self.layer.name, error)
+
+
+class GradientHook(Hook):
+    """Before the backward of the node that has made a tensor, which is its ``place``-th output."""
+
+    __slots__ = ("place",)
+
+    def __init__(
+        self, layer: Layer, see: Callable[..., None], on_fault: Callable[[str, Exception], None], place: int = 0
+    ) -> None:
+        super().__init__(layer, see, on_fault)
+        self.place = place
+
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        try:
+            gradient = gradients[self.place]
+            if gradient is not None:
+                self.see(self.layer, gradient)
+        except Exception as error:
+            self.on_fault(self.layer.name, error)
+
+
+class LeafHook(Hook):
+    """On a tensor that no node has made."""
+
+    __slots__ = ()
+
+    def __call__(self, gradient: Tensor) -> None:
+        try:
+            self.see(self.layer, gradient)
+        except Exception as error:
+            self.on_fault(self.layer.name, error)
+
+
+def no_hook(*args: Any) -> None:
+    """What a copied or unpickled hook is."""
+
+
+def _make_no_hook() -> Callable[..., None]:
+    return no_hook
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread is inside a backward pass, where a forward can only be checkpointing's second one.
+
+    The autograd engine numbers its runs; -1 is none. There is no public name for it: this is the only use.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
