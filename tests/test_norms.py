@@ -27,7 +27,7 @@ BLOCKS = 1e-7
 def norms_of(network: nn.Module, parameters: list[nn.Parameter] | None = None) -> dict[str, float]:
     norms = Norms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters() if parameters is None else parameters))
-    return norms.read([float(number) for number in norms.packed()])["gradient"]
+    return norms.read(vector(norms).numpy())["gradient"]
 
 
 def vector(norms: Norms) -> Tensor:

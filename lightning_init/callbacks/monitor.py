@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, Concatenate, ParamSpec, cast
 
 import torch
@@ -151,7 +151,7 @@ class ActivationVarianceMonitor(Callback):
         if begins:
             run.recorder.start()
         if run.recorder.fault is None:
-            run.listen(partial(loop.in_training_step, pl_module))
+            run.listen(pl_module)
 
     @_harmless
     def on_before_backward(self, run: Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

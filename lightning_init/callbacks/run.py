@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_init.callbacks.loop import in_training_step
 from lightning_init.monitor.board import Board
 from lightning_init.monitor.eager import EagerMoment
 from lightning_init.monitor.recorder import Recorder
@@ -41,11 +43,11 @@ class Run:
     said: set[str] = field(default_factory=set)
     after_step: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
 
-    def listen(self, counts: Callable[[], bool]) -> None:
-        """Put hooks on the model; compiled code runs as written, or they would not fire."""
+    def listen(self, module: LightningModule) -> None:
+        """Put hooks on the module; compiled code runs as written, or they would not fire."""
         self.listening = self.forward_open = True
         self.eager.start()
-        self.recorder.tap.attach(lambda: self.forward_open and counts())
+        self.recorder.tap.attach(lambda: self.forward_open and in_training_step(module))
 
     def look_back(self, optimizer: Optimizer, look: Callable[[], None]) -> None:
         """Call ``look`` once, when ``optimizer`` has stepped; gradients are clipped then."""

@@ -35,6 +35,7 @@ class WeightsHook(Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        """The module is about to be called."""
         try:
             self.see(self.layer)
         except Exception as error:
@@ -47,6 +48,7 @@ class OutputHook(Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The module has returned ``output``."""
         try:
             self.see(self.layer, args, output)
         except Exception as error:
@@ -65,6 +67,7 @@ class GradientHook(Hook):
         self.place = place
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        """The node is about to be given the gradients of all its outputs; None is of one that nobody needs."""
         try:
             gradient = gradients[self.place]
             if gradient is not None:
@@ -79,6 +82,7 @@ class LeafHook(Hook):
     __slots__ = ()
 
     def __call__(self, gradient: Tensor) -> None:
+        """The tensor's gradient is known."""
         try:
             self.see(self.layer, gradient)
         except Exception as error:

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -55,7 +57,10 @@ class Norms:
         self.world_size = world_size
         self._owned = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters))
         self._place = {parameter: place for place, parameter in enumerate(self._owned, 1)}
-        self._rows = {layer.name: [self._place[p] for p in layer.parameters] for layer in layers if layer.parameters}
+        rows = {layer.name: [self._place[p] for p in layer.parameters] for layer in layers if layer.parameters}
+        self._owners = list(rows)
+        self._members = np.array([place for row in rows.values() for place in row], dtype=np.int64)
+        self._starts = np.cumsum([0, *map(len, rows.values())])[:-1]
         self._squares: dict[str, list[_Squares]] = {kind: [] for kind in self.kinds}
         self._places: dict[str, _Places] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
@@ -107,16 +112,15 @@ class Norms:
         """[size]: per kind, squared norms, each at its parameter's place, and how many parameters each is of."""
         return [number for kind in self.kinds for number in self._block(kind)]
 
-    def read(self, numbers: Sequence[float]) -> dict[str, dict[str, float]]:
+    def read(self, numbers: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
         """By kind, norms of layers and "total" from packed numbers that ranks have added up; of none is none."""
-        length = 1 + len(self._owned)
-        read = {}
-        for i, kind in enumerate(self.kinds):
-            squares, counts = (numbers[start : start + length] for start in (2 * i * length, (2 * i + 1) * length))
-            rows = {**self._rows, "total": range(length)}
-            counted = {name: places for name, places in rows.items() if any(counts[place] for place in places)}
-            read[kind] = {name: sum(squares[place] for place in places) ** 0.5 for name, places in counted.items()}
-        return read
+        blocks = numbers.reshape(len(self.kinds), 2, 1 + len(self._owned))
+        by_owner = blocks[..., self._members]
+        sums = [np.add.reduceat(by_owner, self._starts, axis=-1)] if self._owners else []
+        squares, counts = np.concatenate([*sums, blocks.sum(-1, keepdims=True)], -1).swapaxes(0, 1)
+        names = [*self._owners, "total"]
+        found = zip(self.kinds, np.sqrt(squares).tolist(), counts.tolist(), strict=True)
+        return {kind: {name: norm for name, norm, n in zip(names, *row, strict=True) if n} for kind, *row in found}
 
     def _block(self, kind: str) -> list[Number]:
         found = self._squares[kind]

@@ -44,8 +44,8 @@ class Reading:
             if "fourth" in rows:
                 spread = rows["counts"] * rows["activation_variance"] ** 2
                 rows["kurtosis"] = np.where(spread != 0, rows["fourth"] / spread, np.nan)
+            self._norms = norms.read(head[layout.norms])
         self._rows: Rows = {stat: row.tolist() for stat, row in rows.items()}
-        self._norms = norms.read(head[layout.norms].tolist())
         widths = [len(layout.layers) * width for width in layout.widths.values()]
         self._extras = dict(zip(layout.widths, _split(head[layout.extras].tolist(), widths), strict=True))
 

@@ -93,10 +93,12 @@ class UnitFinder:
         return rule
 
     def _predecessor(self, args: Any) -> _Seen | None:
+        if type(args) is tuple and len(args) == 1 and (seen := self._lookup(args[0])):
+            return seen  # as nearly always
         source = first_floating(args)
         return (self._lookup(source) if source is not None else None) or self._latest
 
-    def _lookup(self, tensor: Tensor) -> _Seen | None:
+    def _lookup(self, tensor: object) -> _Seen | None:
         seen = self._seen.get(id(tensor))
         return seen if seen is not None and seen.tensor() is tensor else None
 
