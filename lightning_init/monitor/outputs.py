@@ -15,8 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 
 def first_floating(output: object) -> Tensor | None:
     """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data)."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() and _is_plain(output) else None
+    if isinstance(output, Tensor):  # whose numbers can be read: not sparse, not nested, not inside torch.func
+        readable = output.layout is torch.strided and not output.is_nested and not is_functorch_wrapped_tensor(output)
+        return output if readable and output.is_floating_point() else None
     members: Iterable[object]
     if isinstance(output, (tuple, list)):  # ahead of mappings, which are slow to rule out
         members = output
@@ -30,11 +31,6 @@ def first_floating(output: object) -> Tensor | None:
         if (tensor := first_floating(member)) is not None:
             return tensor
     return None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether the numbers can be read: not sparse, not nested, not the inside of ``torch.func``."""
-    return tensor.layout is torch.strided and not tensor.is_nested and not is_functorch_wrapped_tensor(tensor)
 
 
 class UnitRule(NamedTuple):

@@ -16,6 +16,14 @@ from lightning_init.monitor.outputs import UnitRule, first_floating, unit_dim, u
 from lightning_init.monitor.shards import Share, share_by_weights, share_of
 
 
+class _Units(NamedTuple):
+    """The dimension of an output's units, None for a scalar; which they are; what that says of the next layer's."""
+
+    dim: int | None
+    share: Share
+    rule: UnitRule
+
+
 @dataclass(slots=True)
 class _Seen:
     """An output of this batch: whose it is and where its units are. Does not keep the tensor alive."""
@@ -23,16 +31,7 @@ class _Seen:
     tensor: weakref.ref[Tensor]
     version: int
     layer: Layer
-    rule: UnitRule
-    share: Share
-
-
-class _Found(NamedTuple):
-    """The dimension of an output's units, which they are, and what that says of the next layer's."""
-
-    dim: int | None
-    share: Share
-    rule: UnitRule
+    units: _Units
 
 
 class UnitFinder:
@@ -59,9 +58,13 @@ class UnitFinder:
 
     def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, Share]:
         """The dimension of the units of ``tensor``, None for a scalar, and which units they are; remembered."""
-        dim, share, rule = self._find(layer, args, tensor)
-        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, rule, share)
-        return dim, share
+        rule, share = self._rule(layer), self._weights.get(layer.name)
+        if rule.units is None and layer.activation and (before := self._predecessor(args)):
+            rule, share = before.units.rule, before.units.share
+        whole = type(tensor) is Tensor and (share is None or share.held == share.total)
+        units = _whole(tensor.shape, rule) if whole else _spread(tensor, rule, share)
+        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, units)
+        return units.dim, units.share
 
     def is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
         """Whether a layer inside ``layer`` has returned this very tensor, unchanged since."""
@@ -69,22 +72,6 @@ class UnitFinder:
         if seen is None or seen.version != tensor._version:
             return False
         return seen.layer.name.startswith(f"{layer.name}.")
-
-    def _find(self, layer: Layer, args: Any, tensor: Tensor) -> _Found:
-        rule, before = self._rule(layer), None
-        if rule.units is None and layer.activation and (before := self._predecessor(args)):
-            rule = before.rule
-        if tensor.dim() == 0:
-            return _whole(tensor.shape, rule)
-        if isinstance(tensor, DTensor):  # has all units, wherever they are
-            dim = unit_dim(tensor.shape, rule)
-            return _found(dim, share_of(tensor, dim), tensor.dim())
-        share = before.share if before else self._weights.get(layer.name)
-        if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
-            dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
-            if tensor.shape[dim] == share.held:
-                return _found(dim, share, tensor.dim())
-        return _whole(tensor.shape, rule)
 
     def _rule(self, layer: Layer) -> UnitRule:
         rule = self._rules.get(layer.name)
@@ -103,14 +90,28 @@ class UnitFinder:
         return seen if seen is not None and seen.tensor() is tensor else None
 
 
-def _found(dim: int, share: Share, num_dims: int) -> _Found:
-    return _Found(dim, share, UnitRule(share.total, dim - num_dims))
-
-
 @functools.lru_cache(maxsize=4096)
-def _whole(shape: torch.Size, rule: UnitRule) -> _Found:
+def _whole(shape: torch.Size, rule: UnitRule) -> _Units:
     """Of an output that has all units. Remembered: a layer's outputs have the same shape at every logged step."""
     if not shape:
-        return _Found(None, Share(1, 0, 1), UnitRule(1))
+        return _Units(None, Share(1, 0, 1), UnitRule(1))
     dim = unit_dim(shape, rule)
-    return _found(dim, Share(shape[dim], 0, shape[dim]), len(shape))
+    return _units(dim, Share(shape[dim], 0, shape[dim]), len(shape))
+
+
+def _spread(tensor: Tensor, rule: UnitRule, share: Share | None) -> _Units:
+    """Of an output whose units are on several ranks, ``share`` of them here by what was seen before it."""
+    if tensor.dim() == 0:
+        return _whole(tensor.shape, rule)
+    if isinstance(tensor, DTensor):  # has all units, wherever they are
+        dim = unit_dim(tensor.shape, rule)
+        return _units(dim, share_of(tensor, dim), tensor.dim())
+    if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
+        dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
+        if tensor.shape[dim] == share.held:
+            return _units(dim, share, tensor.dim())
+    return _whole(tensor.shape, rule)
+
+
+def _units(dim: int, share: Share, num_dims: int) -> _Units:
+    return _Units(dim, share, UnitRule(share.total, dim - num_dims))
