@@ -63,7 +63,7 @@ class Tap:
     ) -> None:
         self.layers = list(layers)
         self._outer = _with_layers_inside(self.layers)
-        self._spread = [layer for layer in self.layers if any(isinstance(p, DTensor) for p in layer.parameters)]
+        spread = [layer for layer in self.layers if any(isinstance(p, DTensor) for p in layer.parameters)]
         self.with_gradients = "gradient_variance" in stats
         self._looks = {stat: ADDITIVE[stat].measure for stat in stats if stat in ADDITIVE}
         self._with_largest, self._with_central = "activation_max" in stats, "kurtosis" in stats
@@ -75,6 +75,8 @@ class Tap:
         self.childs: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
+        self._weights_hooks = [WeightsHook(layer, self.saw_weights, on_fault) for layer in spread]
+        self._output_hooks = [OutputHook(layer, self.saw_output, on_fault) for layer in self.layers]
         self._gradient_hooks = {layer: GradientHook(layer, self.saw_gradient, on_fault) for layer in self.layers}
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
@@ -84,12 +86,10 @@ class Tap:
         """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
         self.detach()
         self.forward_counts = forward_counts
-        for layer in self.layers:
-            self._handles.append(layer.module.register_forward_hook(OutputHook(layer, self.saw_output, self._on_fault)))
-        for layer in self._spread:
-            self._handles.append(
-                layer.module.register_forward_pre_hook(WeightsHook(layer, self.saw_weights, self._on_fault))
-            )
+        for hook in self._output_hooks:
+            self._handles.append(hook.layer.module.register_forward_hook(hook))
+        for before in self._weights_hooks:
+            self._handles.append(before.layer.module.register_forward_pre_hook(before))
 
     def detach(self) -> None:
         """Take every hook off. What was recorded stays."""
