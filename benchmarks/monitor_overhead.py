@@ -109,8 +109,8 @@ def microseconds_a_scalar(num_layers: int, rounds: int = 20) -> tuple[float, flo
     """Of ``Board.write`` and of ``SummaryWriter.add_scalar``, each on its own file, medians, the files flushed."""
     tags = {f"{stat}/layer.{i}": 0.1 * i for stat in DEFAULT_STATS for i in range(num_layers)}
     seconds: tuple[list[float], list[float]] = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        logger, writer = TensorBoardLogger(folder), SummaryWriter(folder)
+    with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
+        logger = TensorBoardLogger(folder)
         board = Board([logger])
         for step in range(rounds):
             start = time.perf_counter()
@@ -173,6 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     sizes = QUICK if asked.quick else FULL
     sizes = replace(sizes, pairs=asked.pairs or sizes.pairs, windows=asked.windows or sizes.windows)
+    if asked.plot:  # first: the other watchers leave threads and much else in this process
+        growth = measure_growth(sizes.layers, sizes.ranks, sizes.growth_pairs, asked.optimizer)
+        for ranks, by_layers in growth.items():
+            print(f"{ranks} ranks:", ", ".join(f"{n} layers {s * 1e3:.2f} ms" for n, s in by_layers.items()))
+        draw_growth(growth, machine(), asked.plot)
     cases = TINY_CASES if asked.quick else CASES
     costs: dict[str, list[Cost]] = {}
     for name in asked.only or WATCHERS:
@@ -191,11 +196,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{sizes.scalars} layers × {len(DEFAULT_STATS)} statistics to TensorBoard: {ours:.2f} µs a scalar "
         f"(SummaryWriter.add_scalar: {theirs:.1f})"
     )
-    if asked.plot:
-        growth = measure_growth(sizes.layers, sizes.ranks, sizes.growth_pairs, asked.optimizer)
-        for ranks, by_layers in growth.items():
-            print(f"{ranks} ranks:", ", ".join(f"{n} layers {s * 1e3:.2f} ms" for n, s in by_layers.items()))
-        draw_growth(growth, machine(), asked.plot)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ def pack(numbers: Sequence[Number], device: torch.device) -> Tensor:
     return vector
 
 
+def add_up(numbers: Sequence[Number]) -> Number:
+    """Their sum, on the device of the first that is on one, without waiting for it."""
+    device = next((number.device for number in numbers if isinstance(number, Tensor)), None)
+    return sum(numbers) if device is None else pack(numbers, device).sum()
+
+
 def variance(moments: Moments) -> Number:
     """Population variance of all elements: Σx²/n - (Σx/n)²; nan of nothing."""
     n = moments.n or math.nan

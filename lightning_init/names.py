@@ -23,5 +23,6 @@ def clean_name(model: nn.Module, path: str) -> str:
         if not (is_wrapper or step in _ALWAYS_WRAPPERS):
             kept.append(step)
         # Submodules only: reading a parametrized weight would compute it, and spectral_norm changes its state then.
-        module = module._modules.get(step) if module is not None else None
+        children = {} if module is None else module._modules  # of a traced module no dict, and without ``get``
+        module = children[step] if step in children else None
     return ".".join(kept)

@@ -115,3 +115,8 @@ def test_a_glob_that_matches_nothing() -> None:
         select_layers(find_layers(mlp(4, 10)) + find_layers(nn.Sequential(nn.ReLU())), ["x"])
     with pytest.raises(ValueError, match="layers are: none"):
         select_layers([], ["x"])
+
+
+def test_a_traced_module_has_its_names() -> None:
+    inner = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4))  # type: ignore[no-untyped-call]
+    assert names(nn.Sequential(inner, nn.Linear(4, 2))) == ["0.0", "1"]

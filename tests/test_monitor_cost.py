@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_init import moments
-from lightning_init.moments import observe
+from lightning_init.moments import observe, pack
 from lightning_init.monitor import reading, squares
 from lightning_init.monitor.layers import find_layers
+from lightning_init.monitor.norms import Norms, whole_gradients
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.stats import DEFAULT_STATS
 from tests.models import conv_net, mlp
@@ -64,6 +65,18 @@ class DispatchedReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class DispatchedCalls(TorchDispatchMode):
+    """Counts PyTorch's functions, each a kernel or a copy where there is an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
 def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, float]:
     recorder.start()
     recorder.tap.attach()
@@ -90,6 +103,24 @@ def test_one_copy_to_the_host_a_step(depth: int) -> None:
             stats_of(recorder, network, torch.randn(3, 64))
         assert python.counts == {"cpu": 1, "numpy": 1}  # the copy, and how what has been copied is read
         assert dispatched.counts == {}
+
+
+@pytest.mark.usefixtures("as_on_an_accelerator")
+def test_norms_of_what_no_layer_owns_are_added_up_at_once() -> None:
+    """With globs that may be nearly all of the model."""
+    counts = []
+    for depth in (3, 30):
+        network = mlp(16, depth)
+        network(torch.randn(8, 64)).square().mean().backward()
+        norms = Norms(find_layers(network)[-1:], ["gradient_norm"])
+        norms.before_step(whole_gradients(network.parameters()))
+        with DispatchedCalls() as calls:
+            packed = norms.packed()
+        counts.append(calls.count)
+        found = norms.read(pack(packed, CPU).numpy())["gradient"]["total"]
+        expected = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+        assert found == pytest.approx(expected.item(), rel=1e-6)
+    assert counts[0] == counts[1]
 
 
 def test_an_accelerator_finds_the_same(request: pytest.FixtureRequest) -> None:

@@ -123,3 +123,21 @@ def test_optimizers_that_take_turns() -> None:
     torch.testing.assert_close(packed[3], packed[2], rtol=1e-15, atol=0)
     torch.testing.assert_close(packed[4], packed[2], rtol=1e-15, atol=0)
     assert packed[0].count_nonzero() == packed[1].count_nonzero() == 4  # weight and bias, sums and counts
+
+
+def test_the_update_of_what_no_layer_owns_is_of_its_weight() -> None:
+    """``total`` is over the same parameters above and below the line, however few layers were chosen."""
+    network = with_gradients(mlp(), 64)
+    every = Norms(find_layers(network), ["update_ratio"])
+    last = Norms(find_layers(network)[-1:], ["update_ratio"])
+    for norms in (every, last):
+        norms.before_step(whole_gradients(network.parameters()))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter *= 1.5
+    for norms in (every, last):
+        norms.after_step({})
+    read = [norms.read(vector(norms).numpy()) for norms in (every, last)]
+    for kind in ("weight", "update"):
+        assert read[1][kind]["total"] == pytest.approx(read[0][kind]["total"], rel=1e-12)
+    assert read[1]["update"]["total"] / read[1]["weight"]["total"] == pytest.approx(0.5, rel=1e-6)

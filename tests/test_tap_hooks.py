@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_init.monitor.hooks import in_backward_pass
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.stats import DEFAULT_STATS
-from lightning_init.monitor.tap import Tap
+from lightning_init.monitor.tap import Tap, in_backward_pass
 from tests.test_tap import fail, squared
 
 
@@ -105,3 +105,34 @@ def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
     assert not tap.partial
     if record.gradients is not None:
         assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (2, 4, 6)])
+def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
+    """What flows into the layer is measured, whoever came first."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 6))
+    found = []
+    for factor in (1.0, 10.0):
+        tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+        tap.attach()
+        output = network(torch.ones(*shape))
+        output.register_hook(lambda gradient, factor=factor: gradient * factor)
+        tap.gradient_factor = 1.0
+        output.square().sum().backward()
+        (record,) = tap.empty().values()
+        assert record.gradients is not None
+        found.append(record.gradients.squares)
+        tap.detach()
+    assert found[1] == pytest.approx(100 * found[0], rel=1e-6)
+
+
+def test_an_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
+    """A hook on that tensor would end the process."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    output = checkpoint(network[1], network[0](torch.randn(4, 6)).view(-1, 6), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        output.sum().backward()
+    tap.detach()

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_init.monitor.extras import EDGES
 from lightning_init.monitor.norms import KINDS_OF
-from lightning_init.monitor.records import quicken
+from lightning_init.monitor.event_file import quicken
 from lightning_init.monitor.stats import Histogram
 
 

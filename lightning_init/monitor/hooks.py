@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_init.monitor.layers import Layer
@@ -95,11 +94,3 @@ def no_hook(*args: Any) -> None:
 
 def _make_no_hook() -> Callable[..., None]:
     return no_hook
-
-
-def in_backward_pass() -> bool:
-    """Whether this thread is inside a backward pass, where a forward can only be checkpointing's second one.
-
-    The autograd engine numbers its runs; -1 is none. There is no public name for it: this is the only use.
-    """
-    return bool(torch._C._current_graph_task_id() != -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Slot(NamedTuple):
 
 
 class Layout:
-    """Slots, layers and parameter owners in an order that all ranks share, and the vector's parts.
+    """Slots, layers and parameters in an order that all ranks share, and the vector's parts.
 
     The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer ·
     norms · what was measured on request · sums of every unit of every slot. Its size depends on nothing but the model.
@@ -35,6 +36,12 @@ class Layout:
         norms: how many numbers the norms are.
         widths: how many numbers each measurement on request is for a layer.
         device: of the vector.
+
+    Attributes:
+        units: of each slot, int64 [slots]; ``units_there`` the same on the device.
+        layer_of_slot: places in ``layers``, int64 [slots].
+        starts: where each slot's sums begin among the units' sums; None if a slot has none.
+        scratch: memory for a number of every unit, float64 [units].
     """
 
     def __init__(
@@ -64,9 +71,12 @@ class Layout:
         self.scratch = np.empty(units)
         nothing = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
         self._nothing = {slot.units: Moments(0, nothing[: slot.units], 0.0) for slot in slots}
-        layer_of_unit = torch.from_numpy(self.layer_of_slot.repeat(self.units))
-        self._layer_of_unit = layer_of_unit.to(device)
-        self._layer_of_slot = torch.from_numpy(self.layer_of_slot).to(device)
+
+    @functools.cached_property
+    def _layers_there(self) -> tuple[Tensor, Tensor]:
+        """The layers of slots and of units, int64 on the device."""
+        of_units = self.layer_of_slot.repeat(self.units)
+        return torch.from_numpy(self.layer_of_slot).to(self.device), torch.from_numpy(of_units).to(self.device)
 
     def knows(self, records: Mapping[str, Record]) -> bool:
         """Whether every slot of ``records`` has its place."""
@@ -74,9 +84,9 @@ class Layout:
 
     def means(self, total: Tensor) -> Tensor:
         """The mean of all outputs of each layer, [layers], from a summed vector; NaN of nothing."""
-        sums = total.new_zeros(len(self.layers)).index_add_(0, self._layer_of_unit, total[self.sums])
-        counts = total.new_zeros(len(self.layers)).index_add_(0, self._layer_of_slot, total[self.counts])
-        return sums / counts
+        of_slots, of_units = self._layers_there
+        sums = total.new_zeros(len(self.layers)).index_add_(0, of_units, total[self.sums])
+        return sums / total.new_zeros(len(self.layers)).index_add_(0, of_slots, total[self.counts])
 
     def pack(self, records: Mapping[str, Record], norms: Sequence[Number], flags: Sequence[float]) -> Tensor:
         """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from lightning_init.moments import Number, pack
+from lightning_init.moments import Number, add_up, pack
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.squares import sums_of_squares
 
@@ -80,7 +80,7 @@ class Norms:
         if "gradient" in self.kinds:
             self.add("gradient", gradients, factor)
         if "weight" in self.kinds:
-            self.add("weight", {parameter: parameter.detach() for parameter in self._owned})
+            self.add("weight", {parameter: parameter.detach() for parameter in [*self._owned, *gradients]})
         if "update" in self.kinds:
             self._before.update({parameter: parameter.detach().clone() for parameter in gradients})
 
@@ -132,8 +132,8 @@ class Norms:
         block: list[Number] = [0.0] * (1 + len(self._owned))
         for place, column in places.owned:
             block[place] = values[column]
-        for column in places.others:
-            block[0] = block[0] + values[column]
+        if places.others:
+            block[0] = add_up([values[column] for column in places.others])
         return block + places.counts
 
     def _places_of(self, parameters: tuple[nn.Parameter, ...]) -> _Places:

@@ -1,4 +1,4 @@
-"""The hooks: they see every layer's output and its gradient, keep three sums and let go of the tensor."""
+"""What hooks show of every layer, its output and its gradient: three sums are kept, and the tensor is let go."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_init.moments import Moments, Number, merge, observe, scale
 from lightning_init.monitor.central import Central, merge_central, observe_central
 from lightning_init.monitor.extras import ADDITIVE, largest
-from lightning_init.monitor.hooks import GradientHook, LeafHook, OutputHook, WeightsHook, in_backward_pass
+from lightning_init.monitor.hooks import GradientHook, LeafHook, OutputHook, WeightsHook
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.outputs import first_floating
 from lightning_init.monitor.shards import Share, local_part
@@ -187,6 +187,9 @@ class Tap:
     def _listen(self, layer: Layer, tensor: Tensor) -> None:
         """Hook the gradient of ``tensor``, at the node that made it: a third of the cost of a hook on the tensor.
 
+        It is the gradient that flows into the layer: hooks that others put on the tensor have had their say, and
+        where a backward pass ends at the tensor, nothing flows.
+
         ``nn.Linear`` returns a view when its input has three or more dimensions, and an in-place operation on a
         view takes the view's hooks away without a word. Then the hook goes to what is viewed, if that is the same
         numbers, has a history, and does not already stand for another layer's output.
@@ -219,3 +222,11 @@ def _placed(moments: Moments, share: Share) -> Moments:
     sums = moments.sums.new_zeros(share.total)
     sums[share.offset : share.offset + share.held] = moments.sums
     return moments._replace(sums=sums)
+
+
+def in_backward_pass() -> bool:
+    """Whether this thread is inside a backward pass, where a forward can only be checkpointing's second one.
+
+    The autograd engine numbers its runs; -1 is none. There is no public name for it: this is the only use.
+    """
+    return bool(torch._C._current_graph_task_id() != -1)

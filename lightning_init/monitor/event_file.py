@@ -1,4 +1,4 @@
-"""TensorBoard's event files, their checksums computed by compiled code.
+"""TensorBoard's event files, with checksums from compiled code.
 
 TensorBoard computes the checksum of every record in Python, a byte at a time, in a thread that takes the interpreter
 from the training loop: 4 to 7 µs a scalar, five times what the rest of writing costs.
@@ -7,11 +7,15 @@ from the training loop: 4 to 7 µs a scalar, five times what the rest of writing
 from __future__ import annotations
 
 import struct
+import warnings
 from typing import Any
 
-import google_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.writer import FileWriter
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # where it is not compiled it says so; then it is not used
+    import google_crc32c
 
 
 class QuickRecordWriter(RecordWriter):  # type: ignore[misc]
@@ -27,17 +31,19 @@ class QuickRecordWriter(RecordWriter):  # type: ignore[misc]
 
 
 def checksum(data: bytes) -> bytes:
-    """CRC-32C, rotated and shifted lest a checksum of data that holds checksums be none, as uint32."""
+    """CRC-32C as a TFRecord masks it: rotated right by 15 bits, plus a constant; uint32, little-endian."""
     crc = google_crc32c.value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def quicken(writer: FileWriter) -> None:
-    """Have ``writer``'s thread compute checksums in compiled code from now on.
+    """Have ``writer``'s thread compute checksums in compiled code from now on, if there is such code.
 
     What is replaced is private; where TensorBoard's insides are others than those known, they are left alone.
     """
-    worker: Any = getattr(getattr(writer.event_writer, "_async_writer", None), "_worker", None)
-    records: Any = getattr(worker, "_record_writer", None)
-    if worker and type(records) is RecordWriter:
+    worker: Any = writer
+    for part in ("event_writer", "_async_writer", "_worker"):
+        worker = getattr(worker, part, None)
+    records = getattr(worker, "_record_writer", None)
+    if type(records) is RecordWriter and google_crc32c.implementation == "c":
         worker._record_writer = QuickRecordWriter(records._writer)
