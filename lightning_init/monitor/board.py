@@ -8,9 +8,9 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_init.monitor.event_file import quicken
 from lightning_init.monitor.extras import EDGES
 from lightning_init.monitor.norms import KINDS_OF
-from lightning_init.monitor.event_file import quicken
 from lightning_init.monitor.stats import Histogram
 
 

@@ -44,6 +44,6 @@ def quicken(writer: FileWriter) -> None:
     worker: Any = writer
     for part in ("event_writer", "_async_writer", "_worker"):
         worker = getattr(worker, part, None)
-    records = getattr(worker, "_record_writer", None)
-    if type(records) is RecordWriter and google_crc32c.implementation == "c":
+    records: Any = getattr(worker, "_record_writer", None)
+    if google_crc32c.implementation == "c" and worker and type(records) is RecordWriter:
         worker._record_writer = QuickRecordWriter(records._writer)
