@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(asked.threads)
     sizes = QUICK if asked.quick else FULL
     sizes = replace(sizes, pairs=asked.pairs or sizes.pairs, windows=asked.windows or sizes.windows)
-    if asked.plot:  # first: the other watchers leave threads and much else in this process
+    if asked.plot:  # first: the other watchers leave threads in this process
         growth = measure_growth(sizes.layers, sizes.ranks, sizes.growth_pairs, asked.optimizer)
         for ranks, by_layers in growth.items():
             print(f"{ranks} ranks:", ", ".join(f"{n} layers {s * 1e3:.2f} ms" for n, s in by_layers.items()))

@@ -12,9 +12,13 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(module: str, *arguments: str) -> str:
+    return run_python("-m", f"benchmarks.{module}", *arguments)
+
+
+def run_python(*arguments: str) -> str:
     """In a process of its own: a benchmark sets threads and filters warnings."""
     return subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -34,6 +38,21 @@ def test_monitor_overhead(tmp_path: Path) -> None:
     assert re.search(r"µs a scalar", printed)
     assert re.search(r"^2 ranks: 10 layers -?\d+\.\d\d ms", printed, re.MULTILINE)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_watcher_is_gone_after_its_fit() -> None:
+    """Also the one that takes the compiled sums away, which the next fit would miss."""
+    script = """
+from benchmarks.monitor_overhead import timed
+from benchmarks.nets import TINY_CASES
+from lightning_init import moments
+before = moments._sums
+for pairs in (4, 5):
+    timed(TINY_CASES[0], "installed without a C compiler", 1, pairs, "sgd")
+    print(before is not None, moments._sums is before)
+"""
+    printed = run_python("-c", script)
+    assert printed.splitlines() == ["True True"] * 2
 
 
 def test_init_speed() -> None:
