@@ -185,7 +185,7 @@ class Tap:
             record.central = merge_central(record.central, central) if record.central else central
 
     def _listen(self, layer: Layer, tensor: Tensor) -> None:
-        """Hook the gradient of ``tensor``, at the node that made it: a third of the cost of a hook on the tensor.
+        """Hook the gradient of ``tensor``, at the node that made it: less than half the cost of a hook on the tensor.
 
         It is the gradient that flows into the layer: hooks that others put on the tensor have had their say, and
         where a backward pass ends at the tensor, nothing flows.
