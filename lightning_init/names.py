@@ -23,6 +23,6 @@ def clean_name(model: nn.Module, path: str) -> str:
         if not (is_wrapper or step in _ALWAYS_WRAPPERS):
             kept.append(step)
         # Submodules only: reading a parametrized weight would compute it, and spectral_norm changes its state then.
-        # As a dict, since a traced module's are none.
-        module = dict(module._modules.items()).get(step) if module is not None else None
+        children = module._modules if module is not None else {}
+        module = children[step] if step in children else None  # noqa: SIM401 - a traced module's have no ``get``
     return ".".join(kept)

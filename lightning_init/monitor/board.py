@@ -53,7 +53,7 @@ class Board:
         if not tags and not histograms:
             return
         if self.writers:
-            summary = self._with(tags)
+            summary = self._scalars_of(tags)
             if histograms:
                 values = [Summary.Value(tag=f"histogram/{name}", histo=_proto(h)) for name, h in histograms.items()]
                 summary = Summary(value=[*summary.value, *values])
@@ -64,7 +64,7 @@ class Board:
         for logger in self.others:
             logger.log_metrics(dict(tags), step=step)
 
-    def _with(self, tags: Mapping[str, float]) -> Summary:
+    def _scalars_of(self, tags: Mapping[str, float]) -> Summary:
         """The scalars as TensorBoard has them; where the tags are the last step's, so are the messages."""
         if self._scalar_of.keys() != tags.keys():
             self._scalars = Summary()

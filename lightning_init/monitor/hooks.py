@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_init.monitor.layers import Layer
 
 
 class Hook:
-    """Shows something of ``layer`` to ``see``; what that raises goes to ``on_fault``, with the layer's name.
+    """Shows what it is called with to ``see``, after ``layer``; what that raises goes to ``on_fault``, with its name.
 
     It copies and pickles as a hook that does nothing: a model is saved as if it had none.
     """
@@ -21,37 +21,18 @@ class Hook:
     def __init__(self, layer: Layer, see: Callable[..., None], on_fault: Callable[[str, Exception], None]) -> None:
         self.layer, self.see, self.on_fault = layer, see, on_fault
 
+    def __call__(self, *shown: Any) -> None:
+        """On a module, before or after its forward, or on a tensor: something is to be seen."""
+        try:
+            self.see(self.layer, *shown)
+        except Exception as error:
+            self.on_fault(self.layer.name, error)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return no_hook
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         return _make_no_hook, ()
-
-
-class WeightsHook(Hook):
-    """Before a module's forward."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        """The module is about to be called."""
-        try:
-            self.see(self.layer)
-        except Exception as error:
-            self.on_fault(self.layer.name, error)
-
-
-class OutputHook(Hook):
-    """After a module's forward."""
-
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The module has returned ``output``."""
-        try:
-            self.see(self.layer, args, output)
-        except Exception as error:
-            self.on_fault(self.layer.name, error)
 
 
 class GradientHook(Hook):
@@ -71,19 +52,6 @@ class GradientHook(Hook):
             gradient = gradients[self.place]
             if gradient is not None:
                 self.see(self.layer, gradient)
-        except Exception as error:
-            self.on_fault(self.layer.name, error)
-
-
-class LeafHook(Hook):
-    """On a tensor that no node has made."""
-
-    __slots__ = ()
-
-    def __call__(self, gradient: Tensor) -> None:
-        """The tensor's gradient is known."""
-        try:
-            self.see(self.layer, gradient)
         except Exception as error:
             self.on_fault(self.layer.name, error)
 

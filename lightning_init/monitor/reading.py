@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_init.moments import waits
-from lightning_init.monitor.extras import ADDITIVE
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.layout import Layout
 from lightning_init.monitor.norms import Norms
@@ -35,19 +35,20 @@ class Reading:
 
     def __init__(self, total: Tensor, layout: Layout, second: Second, norms: Norms) -> None:
         beside = {"activation_max": second.largest, "fourth": second.fourth}
-        head, of_slots, rest = _read(total, layout, [values for values in beside.values() if values is not None])
-        self.flags: list[float] = head[layout.flags].tolist()
         self._layers = layout.layers
         with np.errstate(all="ignore"):  # what overflows is shown as it is
+            head, of_slots, rest = _read(total, layout, [values for values in beside.values() if values is not None])
+            self._extras = _extras(head, layout)
             rows = {**_outputs(head, of_slots, layout), **_gradients(head, layout)}
             rows.update(zip((stat for stat, values in beside.items() if values is not None), rest, strict=True))
             if "fourth" in rows:
                 spread = rows["counts"] * rows["activation_variance"] ** 2
                 rows["kurtosis"] = np.where(spread != 0, rows["fourth"] / spread, np.nan)
+            if "saturation" in self._extras:
+                rows["saturation"] = self._extras["saturation"][:, 0] / rows["counts"]
             self._norms = norms.read(head[layout.norms])
+        self.flags: list[float] = head[layout.flags].tolist()
         self._rows: Rows = {stat: row.tolist() for stat, row in rows.items()}
-        widths = [len(layout.layers) * width for width in layout.widths.values()]
-        self._extras = dict(zip(layout.widths, _split(head[layout.extras].tolist(), widths), strict=True))
 
     def stats(self, chosen: Sequence[str], layers: Iterable[Layer]) -> LayerStats:
         """The chosen statistics; ``layers`` say which of them make sense where."""
@@ -60,8 +61,7 @@ class Reading:
             elif stat == "dead_units":
                 values[stat] = self._where("counts", self._rows[stat], rectifiers)
             elif stat == "saturation":
-                shares = [_ratio(n, of) for n, of in zip(self._extras[stat], self._rows["counts"], strict=True)]
-                values[stat] = self._where("counts", shares, saturating)
+                values[stat] = self._where("counts", self._rows[stat], saturating)
             elif stat in self._rows:
                 values[stat] = self._where("counts", self._rows[stat])
             elif stat != "histogram":
@@ -78,7 +78,7 @@ class Reading:
         if stat != "update_ratio":
             return self._ordered(kinds[stat])
         moved, weights = self._ordered("update"), self._ordered("weight")
-        return {name: _ratio(norm, weights[name]) for name, norm in moved.items() if weights.get(name)}
+        return {name: norm / weights[name] for name, norm in moved.items() if weights.get(name)}
 
     def _ordered(self, kind: str) -> dict[str, float]:
         """The norms, layers in execution order, the total at the end."""
@@ -88,8 +88,7 @@ class Reading:
         return {name: norms[name] for name in [*order, "total"] if name in norms}
 
     def _histograms(self) -> dict[str, Histogram]:
-        width = ADDITIVE["histogram"].width
-        bins = _split(self._extras["histogram"], [width] * len(self._layers))
+        bins = self._extras["histogram"].tolist()
         moments = zip(*(self._rows[row] for row in ("counts", "activation_mean", "activation_rms")), strict=True)
         found = zip(self._layers, bins, moments, strict=True)
         return {layer: Histogram(counts, *numbers) for layer, counts, numbers in found if numbers[0]}
@@ -103,10 +102,9 @@ def _read(total: Tensor, layout: Layout, beside: Sequence[Tensor]) -> tuple[Numb
     head, by_unit = total[: layout.sums.start], total[layout.sums]
     if layout.starts is not None and not waits(total):
         units, scratch = by_unit.numpy(), layout.scratch
-        with np.errstate(all="ignore"):
-            sums = np.add.reduceat(units, layout.starts)
-            squares = np.add.reduceat(np.multiply(units, units, out=scratch), layout.starts)
-            zeros = np.add.reduceat(np.equal(units, 0.0, out=scratch), layout.starts)
+        sums = np.add.reduceat(units, layout.starts)
+        squares = np.add.reduceat(np.multiply(units, units, out=scratch), layout.starts)
+        zeros = np.add.reduceat(np.equal(units, 0.0, out=scratch), layout.starts)
         return head.numpy(), [sums, squares, zeros], [values.numpy() for values in beside]
     # index_add_ costs four times as much; unsafe: the lengths are right, and checking would read them
     of_slots = [
@@ -147,19 +145,13 @@ def _gradients(head: Numbers, layout: Layout) -> dict[str, Numbers]:
     return {"gradient_counts": n, "gradient_variance": variance}
 
 
+def _extras(head: Numbers, layout: Layout) -> dict[str, Numbers]:
+    """What was measured on request, [layers, width] each."""
+    shapes = {stat: (len(layout.layers), width) for stat, width in layout.widths.items()}
+    blocks = np.split(head[layout.extras], list(itertools.accumulate(map(math.prod, shapes.values()))))
+    return {stat: block.reshape(shape) for (stat, shape), block in zip(shapes.items(), blocks[:-1], strict=True)}
+
+
 def _variance(square: Numbers, mean: Numbers) -> Numbers:
     """What rounding has made negative is 0; NaN stays."""
     return np.maximum(square - mean * mean, 0.0)
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else float("nan")
-
-
-def _split(numbers: list[float], sizes: Sequence[int]) -> list[list[float]]:
-    """Consecutive pieces of the given sizes."""
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(numbers[start : start + size])
-        start += size
-    return pieces

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.moments import Moments, Number, merge, observe, scale
 from lightning_init.monitor.central import Central, merge_central, observe_central
 from lightning_init.monitor.extras import ADDITIVE, largest
-from lightning_init.monitor.hooks import GradientHook, LeafHook, OutputHook, WeightsHook
+from lightning_init.monitor.hooks import GradientHook, Hook
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.outputs import first_floating
 from lightning_init.monitor.shards import Share, local_part
@@ -75,8 +75,8 @@ class Tap:
         self.childs: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
-        self._weights_hooks = [WeightsHook(layer, self.saw_weights, on_fault) for layer in spread]
-        self._output_hooks = [OutputHook(layer, self.saw_output, on_fault) for layer in self.layers]
+        self._weights_hooks = [Hook(layer, self.saw_weights, on_fault) for layer in spread]
+        self._output_hooks = [Hook(layer, self.saw_output, on_fault) for layer in self.layers]
         self._gradient_hooks = {layer: GradientHook(layer, self.saw_gradient, on_fault) for layer in self.layers}
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
@@ -116,11 +116,11 @@ class Tap:
             for moments in record.outputs.values():
                 self._memory[name] = moments.sums
 
-    def saw_weights(self, layer: Layer) -> None:
+    def saw_weights(self, layer: Layer, module: nn.Module, args: Any) -> None:
         """A layer whose weights are spread over ranks is about to be called."""
         self._units.see_weights(layer)
 
-    def saw_output(self, layer: Layer, args: Any, output: Any) -> None:
+    def saw_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
         """One call of a layer has returned ``output``."""
         recomputed = in_backward_pass()
         if not (recomputed or self.forward_counts()):
@@ -202,7 +202,7 @@ class Tap:
                 tensor = base
         node = tensor.grad_fn
         if node is None:  # a module that hands out its parameter: it outlives the batch, and so would the hook
-            hook = LeafHook(layer, self.saw_gradient, self._on_fault)
+            hook = Hook(layer, self.saw_gradient, self._on_fault)
             self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
         elif (place := tensor.output_nr) == 0:
             node.register_prehook(self._gradient_hooks[layer])

@@ -61,8 +61,7 @@ class UnitFinder:
         rule, share = self._rule(layer), self._weights.get(layer.name)
         if rule.units is None and layer.activation and (before := self._predecessor(args)):
             rule, share = before.units.rule, before.units.share
-        whole = type(tensor) is Tensor and (share is None or share.held == share.total)
-        units = _whole(tensor.shape, rule) if whole else _spread(tensor, rule, share)
+        units = _units_of(tensor, rule, share)
         self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, units)
         return units.dim, units.share
 
@@ -99,8 +98,8 @@ def _whole(shape: torch.Size, rule: UnitRule) -> _Units:
     return _units(dim, Share(shape[dim], 0, shape[dim]), len(shape))
 
 
-def _spread(tensor: Tensor, rule: UnitRule, share: Share | None) -> _Units:
-    """Of an output whose units are on several ranks, ``share`` of them here by what was seen before it."""
+def _units_of(tensor: Tensor, rule: UnitRule, share: Share | None) -> _Units:
+    """Of any output; ``share`` is what this rank has of the units by what was seen before it."""
     if tensor.dim() == 0:
         return _whole(tensor.shape, rule)
     if isinstance(tensor, DTensor):  # has all units, wherever they are
