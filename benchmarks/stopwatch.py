@@ -82,7 +82,6 @@ class Stopwatch(Callback):
         self.results = results
         self.times = Times()
         self._start = 0.0
-        self._watching = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._switch(trainer, pl_module, 0)
@@ -93,11 +92,12 @@ class Stopwatch(Callback):
         seconds = time.perf_counter() - self._start
         if batch_idx >= self.warm_up:
             (self.times.watched if is_watched(batch_idx) else self.times.plain).append(seconds)
-        self._stop(pl_module)
-        self._switch(trainer, pl_module, batch_idx + 1)
+        if is_watched(batch_idx):
+            self.watcher.stop(pl_module)
+        if batch_idx + 1 < trainer.num_training_batches:
+            self._switch(trainer, pl_module, batch_idx + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop(pl_module)  # of a step that does not come
         trainer.callbacks = [*self.watcher.callbacks, self]  # type: ignore[attr-defined]  # all get their teardown
         if trainer.is_global_zero:
             self.results.write_text(json.dumps(asdict(self.times)))
@@ -105,15 +105,9 @@ class Stopwatch(Callback):
     def _switch(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         on_duty = [*self.watcher.callbacks, self] if is_watched(step) else [self]
         trainer.callbacks = on_duty  # type: ignore[attr-defined]  # a new list: the Trainer walks the present one
-        self._watching = is_watched(step)
-        if self._watching:
+        if is_watched(step):
             self.watcher.start(module)
         self._start = time.perf_counter()
-
-    def _stop(self, module: LightningModule) -> None:
-        if self._watching:
-            self.watcher.stop(module)
-        self._watching = False
 
 
 def is_watched(step: int) -> bool:
