@@ -29,7 +29,7 @@ except ImportError:  # installed without a C compiler: the same numbers, slower
 Number: TypeAlias = float | Tensor
 """A float where it is known without waiting for a device, else a float64 tensor, []."""
 
-_LEAST_ADDRESS = 1 << 32
+_LOWEST_ADDRESS = 1 << 32
 """What lies below is no memory but a distance from 0: of nothing, and of the zeros that autograd makes without any."""
 _BLOCK = 1 << 17
 """Elements turned into float64 at a time: 1 MiB, so that the copy lives in the cache and not in the peak."""
@@ -51,7 +51,7 @@ class Moments(NamedTuple):
     squares: Number
 
 
-def observe(values: Tensor, unit_dim: int | None = None, memory: Number | None = None) -> Moments:
+def moments_of(values: Tensor, unit_dim: int | None = None, memory: Number | None = None) -> Moments:
     """Moments of ``values``, per unit along ``unit_dim``; None takes all elements together.
 
     Runs without waiting for a device, without autograd and the same under autocast or any default dtype.
@@ -74,12 +74,12 @@ def observe(values: Tensor, unit_dim: int | None = None, memory: Number | None =
     return _in_float64(values.detach(), unit_dim) if moments is None else moments
 
 
-def waits(values: Tensor) -> bool:
+def needs_device_sync(values: Tensor) -> bool:
     """Whether reading a number of ``values`` would wait for a device."""
     return not values.is_cpu
 
 
-def is_quick(values: Tensor) -> bool:
+def has_fast_path(values: Tensor) -> bool:
     """Whether sums of ``values`` cost one call, if its memory has no gaps: there is nothing to gain by grouping."""
     quick = _sums is not None and type(values) is Tensor and values.dtype is torch.float32
     return quick and values.is_cpu and values.layout is torch.strided
@@ -138,12 +138,12 @@ def _not_negative(value: Number) -> Number:
 
 def _in_one_pass(values: Tensor, unit_dim: int | None, memory: Number | None = None) -> Moments | None:
     """By ``_sums.c``, straight from memory; None for what it cannot read there."""
-    if not is_quick(values):
+    if not has_fast_path(values):
         return None
     n = values.numel()
     address = values.data_ptr()
     sizes = _sizes(values.shape, unit_dim) if values.is_contiguous() else _sizes_in_memory(values, unit_dim)
-    if sizes is None or address < _LEAST_ADDRESS or values.is_neg():
+    if sizes is None or address < _LOWEST_ADDRESS or values.is_neg():
         return None
     if unit_dim is None:
         return Moments(n, *_sums.whole(address, n))
@@ -173,7 +173,7 @@ def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
     """Sums over float64 copies of a cache's size: nothing can go wrong."""
     blocks = _as_blocks(values.cpu() if values.is_mps else values, unit_dim)  # Apple's GPUs have no float64
     _, units, inner = blocks.shape
-    limit = _BLOCK_OF_ACCELERATORS if waits(blocks) else _BLOCK
+    limit = _BLOCK_OF_ACCELERATORS if needs_device_sync(blocks) else _BLOCK
     parts = torch.split(blocks, max(1, limit // max(1, units * inner)))
     sums, squares = _float64_sums(parts[0])
     for block in parts[1:]:
@@ -181,7 +181,7 @@ def _in_float64(values: Tensor, unit_dim: int | None) -> Moments:
         sums += more_sums
         squares += more_squares
     total = sums.sum() if unit_dim is None else sums
-    if waits(blocks):
+    if needs_device_sync(blocks):
         return Moments(values.numel(), total, squares)
     return Moments(values.numel(), total.item() if unit_dim is None else total, squares.item())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from lightning_init.initialization.agreement import agree, ask_all_ranks, is_distributed
+from lightning_init.initialization.agreement import agree, all_gather_object, is_distributed
 from lightning_init.initialization.values import Measured
 
 
@@ -26,5 +26,5 @@ def test_alone_one_agrees_with_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = [Measured(1.5, 3, 42), Measured(is_transformed=True)]
     assert not is_distributed()
     assert agree(["a", "b"], measured) == measured
-    assert ask_all_ranks("me") == ["me"]
+    assert all_gather_object("me") == ["me"]
     assert agree([], []) == []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_init.monitor.central import _BLOCK, Central, about, merge_central, observe_central
+from lightning_init.monitor.central import _BLOCK, CentralMoments, central_moments_of, merge_central, shifted_to
 
 
 def exact(values: Tensor) -> list[float]:
@@ -22,7 +22,7 @@ def exact(values: Tensor) -> list[float]:
     return [float(mean), *(float(sum((x - mean) ** k for x in numbers)) for k in (2, 3, 4))]
 
 
-def close(central: Central, values: Tensor) -> None:
+def close(central: CentralMoments, values: Tensor) -> None:
     mean, second, third, fourth = exact(values)
     assert central.n.item() == values.numel()
     assert central.mean.item() == pytest.approx(mean, rel=1e-12, abs=1e-12)
@@ -37,13 +37,13 @@ def test_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     """At mean/std = 1e4 a raw fourth power in float64 has nothing left of the kurtosis."""
     torch.manual_seed(0)
     values = (torch.randn(40, 5) + mean).to(dtype)
-    central = observe_central(values)
+    central = central_moments_of(values)
     close(central, values)
 
 
 def test_blocks_are_merged() -> None:
     values = torch.linspace(-1, 3, 2 * _BLOCK + 77)
-    central = observe_central(values)
+    central = central_moments_of(values)
     centred = values.double() - values.double().mean()
     assert central.fourth.item() == pytest.approx((centred**4).sum().item(), rel=1e-9)
     assert central.third.item() == pytest.approx((centred**3).sum().item(), abs=1e-6)
@@ -51,12 +51,12 @@ def test_blocks_are_merged() -> None:
 
 def test_about_any_centre() -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    powers = about(observe_central(values), torch.tensor(3.0, dtype=torch.float64))
+    powers = shifted_to(central_moments_of(values), torch.tensor(3.0, dtype=torch.float64))
     assert [power.item() for power in powers] == pytest.approx([((values - 3) ** k).sum().item() for k in (2, 3, 4)])
 
 
 def test_nothing_changes_nothing() -> None:
-    nothing, something = observe_central(torch.empty(0, 3)), observe_central(torch.tensor([1.0, 5.0]))
+    nothing, something = central_moments_of(torch.empty(0, 3)), central_moments_of(torch.tensor([1.0, 5.0]))
     for merged in (merge_central(nothing, something), merge_central(something, nothing)):
         assert torch.equal(torch.stack(merged), torch.stack(something))
     assert merge_central(nothing, nothing).n == 0
@@ -71,5 +71,5 @@ def test_nothing_changes_nothing() -> None:
 def test_split_anywhere_merge_in_any_order(numbers: list[float], cuts: list[int], data: st.DataObject) -> None:
     values = torch.tensor(numbers, dtype=torch.float64)
     edges = [0, *sorted(min(cut, len(numbers)) for cut in cuts), len(numbers)]
-    parts = [observe_central(values[a:b]) for a, b in itertools.pairwise(edges)]
+    parts = [central_moments_of(values[a:b]) for a, b in itertools.pairwise(edges)]
     close(functools.reduce(merge_central, data.draw(st.permutations(parts))), values)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_init.monitor.elementwise import Activation, activation_of
+from lightning_init.monitor.elementwise import ActivationTraits, activation_of
 
 
 class SquaredReLU(nn.Module):
@@ -111,7 +111,7 @@ def test_default_dtype_and_device_do_not_matter() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            assert activation_of(nn.ReLU()) == Activation(True)
+            assert activation_of(nn.ReLU()) == ActivationTraits(True)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -148,7 +148,7 @@ class Owner(nn.Module):
 def test_hooks_of_the_user_are_neither_called_nor_followed() -> None:
     owner, seen = Owner(), []
     owner.act.register_forward_pre_hook(lambda module, args: seen.append(args))
-    assert activation_of(owner.act) == Activation(True)
+    assert activation_of(owner.act) == ActivationTraits(True)
     assert not owner.kept
     assert not seen
     owner.act(torch.ones(1))

@@ -18,14 +18,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_init.monitor.board import Board
-from lightning_init.monitor.event_file import QuickRecordWriter, quicken
+from lightning_init.monitor.event_file import CompiledChecksumWriter, use_compiled_checksums
 from tests.oracle import MemoryLogger
 
 
 @given(st.binary(max_size=300))
 def test_the_bytes_are_tensorboards(data: bytes) -> None:
     ours, theirs = io.BytesIO(), io.BytesIO()
-    QuickRecordWriter(ours).write(data)
+    CompiledChecksumWriter(ours).write(data)
     RecordWriter(theirs).write(data)
     assert ours.getvalue() == theirs.getvalue()
 
@@ -62,7 +62,7 @@ def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
         file_writer: Any = writer._get_file_writer()  # type: ignore[no-untyped-call]
         special = Special(record_writer_of(file_writer)._writer)
         file_writer.event_writer._async_writer._worker._record_writer = special
-        quicken(file_writer)
+        use_compiled_checksums(file_writer)
         assert record_writer_of(file_writer) is special
 
 
@@ -99,11 +99,11 @@ def test_without_compiled_checksums_nothing_is_said_and_nothing_replaced(tmp_pat
 import sys
 sys.modules["google_crc32c._crc32c"] = None
 from torch.utils.tensorboard import SummaryWriter
-from lightning_init.monitor.event_file import google_crc32c, quicken
+from lightning_init.monitor.event_file import google_crc32c, use_compiled_checksums
 assert google_crc32c.implementation == "python"
 with SummaryWriter({str(tmp_path)!r}) as writer:
     file_writer = writer._get_file_writer()
-    quicken(file_writer)
+    use_compiled_checksums(file_writer)
     print(type(file_writer.event_writer._async_writer._worker._record_writer).__name__)
 """
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]

@@ -100,27 +100,27 @@ def test_a_learnable_activation(frequency: float) -> None:
     assert gain_of(Wave(frequency), "backward") == pytest.approx(backward, rel=1e-9)
 
 
-@pytest.mark.parametrize("q", [1.0, 0.3])
+@pytest.mark.parametrize("input_variance", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_simulation(name: str, q: float) -> None:
+def test_simulation(name: str, input_variance: float) -> None:
     """gain²·f(z)² averages to 1 over a sample; five standard errors of that sample's own mean."""
     generator = torch.Generator().manual_seed(0)
-    a, b = math.sqrt(q) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
+    a, b = math.sqrt(input_variance) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
     output = GATES[name](a) * b if name in GATES else ACTIVATIONS[name](a)
-    squares = (gain_of(name, q=q) * output).square()
+    squares = (gain_of(name, input_variance=input_variance) * output).square()
     assert abs(squares.mean() - 1) < 5 * squares.std() / len(squares) ** 0.5
 
 
-@pytest.mark.parametrize("q", [1.0, 0.3])
+@pytest.mark.parametrize("input_variance", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_backward_simulation(name: str, q: float) -> None:
+def test_backward_simulation(name: str, input_variance: float) -> None:
     """A unit gradient at the output has second moment 1/gain² at the inputs, summed over a gate's two."""
     generator = torch.Generator().manual_seed(1)
-    inputs = math.sqrt(q) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
+    inputs = math.sqrt(input_variance) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
     inputs.requires_grad_()
     output = GATES[name](inputs[0]) * inputs[1] if name in GATES else ACTIVATIONS[name](inputs[0])
     (gradient,) = torch.autograd.grad(output.sum(), inputs)
-    squares = (gain_of(name, "backward", q=q) * gradient).square().sum(0)
+    squares = (gain_of(name, "backward", input_variance=input_variance) * gradient).square().sum(0)
     assert abs(squares.mean() - 1) < 5 * squares.std() / len(squares) ** 0.5
 
 
@@ -136,57 +136,67 @@ KINKS = {
     name=st.sampled_from(sorted(KINKS)),
     scale=st.floats(0.2, 3),
     shift=st.floats(-2, 2),
-    q=st.floats(0.05, 20),
+    input_variance=st.floats(0.05, 20),
 )
 def test_agrees_with_a_slow_quadrature_told_where_the_kinks_are(
-    name: str, scale: float, shift: float, q: float
+    name: str, scale: float, shift: float, input_variance: float
 ) -> None:
     def activation(z: Tensor) -> Tensor:
         return ACTIVATIONS[name](scale * z + shift)
 
     def integrand(z: float) -> float:
-        value = activation(torch.tensor([math.sqrt(q) * z], dtype=torch.float64)).item()
+        value = activation(torch.tensor([math.sqrt(input_variance) * z], dtype=torch.float64)).item()
         return value**2 * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
-    kinks = [(kink - shift) / scale / math.sqrt(q) for kink in KINKS[name]]
+    kinks = [(kink - shift) / scale / math.sqrt(input_variance) for kink in KINKS[name]]
     inner = sorted({-12.0, *(kink for kink in kinks if -12 < kink < 12), 0.0, 12.0})
     pieces = [
         quad(integrand, low, high, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for low, high in itertools.pairwise(inner)
     ]
     assume(sum(pieces) > 1e-5)  # the reference's own error is 1e-13
-    assert gain_of(activation, q=q) == pytest.approx(sum(pieces) ** -0.5, rel=1e-7)
+    assert gain_of(activation, input_variance=input_variance) == pytest.approx(sum(pieces) ** -0.5, rel=1e-7)
 
 
 @settings(deadline=None, max_examples=60)
-@given(name=st.sampled_from(sorted(ACTIVATIONS)), c=st.floats(0.05, 20), q=st.floats(0.1, 10))
-def test_scaling_inside_is_input_variance_and_outside_divides_the_gain(name: str, c: float, q: float) -> None:
+@given(name=st.sampled_from(sorted(ACTIVATIONS)), c=st.floats(0.05, 20), input_variance=st.floats(0.1, 10))
+def test_scaling_inside_is_input_variance_and_outside_divides_the_gain(
+    name: str, c: float, input_variance: float
+) -> None:
     f = ACTIVATIONS[name]
-    assert gain_of(lambda z: f(c * z), q=q) == pytest.approx(gain_of(name, q=c * c * q), rel=1e-8)
-    assert gain_of(lambda z: c * f(z), q=q) == pytest.approx(gain_of(name, q=q) / c, rel=1e-8)
-    chained = gain_of(name, "backward", q=c * c * q) / c
-    assert gain_of(lambda z: f(c * z), "backward", q=q) == pytest.approx(chained, rel=1e-8)
+    assert gain_of(lambda z: f(c * z), input_variance=input_variance) == pytest.approx(
+        gain_of(name, input_variance=c * c * input_variance), rel=1e-8
+    )
+    assert gain_of(lambda z: c * f(z), input_variance=input_variance) == pytest.approx(
+        gain_of(name, input_variance=input_variance) / c, rel=1e-8
+    )
+    chained = gain_of(name, "backward", input_variance=c * c * input_variance) / c
+    assert gain_of(lambda z: f(c * z), "backward", input_variance=input_variance) == pytest.approx(chained, rel=1e-8)
 
 
-@given(q=st.floats(1e-6, 1e6), slope=st.floats(0, 1))
+@given(input_variance=st.floats(1e-6, 1e6), slope=st.floats(0, 1))
 @settings(deadline=None)
-def test_homogeneous_activations_only_see_the_scale(q: float, slope: float) -> None:
+def test_homogeneous_activations_only_see_the_scale(input_variance: float, slope: float) -> None:
     leaky = nn.LeakyReLU(slope)
-    assert gain_of(leaky, q=q) == pytest.approx((2 / (1 + slope**2) / q) ** 0.5, rel=1e-9)
-    assert gain_of(leaky, "backward", q=q) == pytest.approx((2 / (1 + slope**2)) ** 0.5, rel=1e-9)
+    assert gain_of(leaky, input_variance=input_variance) == pytest.approx(
+        (2 / (1 + slope**2) / input_variance) ** 0.5, rel=1e-9
+    )
+    assert gain_of(leaky, "backward", input_variance=input_variance) == pytest.approx(
+        (2 / (1 + slope**2)) ** 0.5, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("shift", [0.0, 20.0])
 def test_a_gradient_that_lives_in_a_sliver_of_the_input(shift: float) -> None:
     """At q → ∞ tanh is a step: E[tanh′(z - shift)²] → ∫tanh′² · φ(0)/√q = 4/3 · φ(0)/√q."""
-    q = 1e12
-    moment = 4 / 3 / math.sqrt(2 * math.pi * q)
-    gain = gain_of(lambda z: torch.tanh(z - shift), "backward", q=q)
+    input_variance = 1e12
+    moment = 4 / 3 / math.sqrt(2 * math.pi * input_variance)
+    gain = gain_of(lambda z: torch.tanh(z - shift), "backward", input_variance=input_variance)
     assert gain == pytest.approx(moment**-0.5, rel=1e-6)
 
 
 def test_large_functions_do_not_overflow() -> None:
     """E[e^(20z)] = e^200 for e^z at q = 100: values reach 1e165, whose square is no float64."""
-    assert gain_of(torch.exp, q=100.0) == pytest.approx(math.exp(-100), rel=1e-9)
+    assert gain_of(torch.exp, input_variance=100.0) == pytest.approx(math.exp(-100), rel=1e-9)
 
 
 def test_nothing_of_the_callers_changes() -> None:
@@ -262,9 +272,9 @@ def test_no_derivative_no_backward_gain() -> None:
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="direction is 'sideways'; allowed: forward, backward"):
         gain_of("relu", "sideways")  # type: ignore[arg-type]
-    for q in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="q, a variance, must be a finite number above 0"):
-            gain_of("relu", q=q)
+    for input_variance in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="input_variance must be a finite number above 0"):
+            gain_of("relu", input_variance=input_variance)
     with pytest.raises(TypeError, match=r"an instance, not the class: ReLU\(\)"):
         gain_of(nn.ReLU)
     with pytest.raises(TypeError, match="a name, a module or a function, got 3"):

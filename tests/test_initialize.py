@@ -133,7 +133,12 @@ def test_plan_and_initialize_agree() -> None:
     model = AllKinds()
     rules = [Rule("lstm.*", "keep"), Rule("wide.0.weight", Constant(0.25)), Rule("transformer.*", "xavier_uniform")]
     for step, entry in zip(plan(model, rules=rules), initialize(model, rules=rules).entries, strict=True):
-        assert (entry.name, entry.rule, entry.scheme, entry.reason) == (step.name, step.rule, step.scheme, step.reason)
+        assert (entry.name, entry.decided_by, entry.scheme, entry.reason) == (
+            step.name,
+            step.decided_by,
+            step.scheme,
+            step.reason,
+        )
 
 
 TORCH: Mapping[str, Callable[[], nn.Module]] = {

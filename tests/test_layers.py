@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
-from lightning_init.monitor.elementwise import Activation
+from lightning_init.monitor.elementwise import ActivationTraits
 from lightning_init.monitor.layers import clean_modules, find_layers, select_layers
 from tests.models import RowLSTM, RowTransformer, mlp
 
@@ -48,7 +48,7 @@ def test_owners_and_activations_are_layers_and_the_root_is_none() -> None:
     assert names(Root()) == ["block", "block.inner", "block.act", "block.module"]
     assert names(nn.Linear(2, 2)) == []
     kinds = {layer.name: layer.activation for layer in find_layers(mlp(8, 1, nn.Tanh))}
-    assert kinds == {"0": None, "1": Activation(False, -1.0, 1.0), "2": None}
+    assert kinds == {"0": None, "1": ActivationTraits(False, -1.0, 1.0), "2": None}
 
 
 def test_attention_and_recurrent_networks_are_one_layer() -> None:

@@ -7,24 +7,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_init.moments import observe
-from lightning_init.monitor.layout import FLAGS, Layout, Slot, in_one_order, slots_of
-from lightning_init.monitor.tap import Record
+from lightning_init.moments import moments_of
+from lightning_init.monitor.layout import FLAGS, Slot, VectorLayout, in_one_order, slots_of
+from lightning_init.monitor.tap import LayerRecord
 
 CPU = torch.device("cpu")
 A, B, C = Slot("a", 2), Slot("b", 3), Slot("a", 4)
 
 
-def records() -> dict[str, Record]:
-    narrow, wide = observe(torch.tensor([[1.0, 2.0]]), 1), observe(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 1)
+def records() -> dict[str, LayerRecord]:
+    narrow, wide = moments_of(torch.tensor([[1.0, 2.0]]), 1), moments_of(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), 1)
     return {
-        "a": Record({2: narrow, 4: wide}, observe(torch.tensor([3.0, 5.0]))),
-        "b": Record({3: observe(torch.tensor([[7.0, 8.0, 9.0]]), 1)}),
+        "a": LayerRecord({2: narrow, 4: wide}, moments_of(torch.tensor([3.0, 5.0]))),
+        "b": LayerRecord({3: moments_of(torch.tensor([[7.0, 8.0, 9.0]]), 1)}),
     }
 
 
 def test_every_number_has_its_place() -> None:
-    layout = Layout([A, B, C], norms=4, device=CPU)
+    layout = VectorLayout([A, B, C], norms=4, device=CPU)
     vector = layout.pack(records(), [10.0, 11.0, 12.0, 13.0], [0.0, 1.0])
     assert vector.dtype == torch.float64
     assert vector.shape == (layout.size,)
@@ -45,8 +45,8 @@ def test_every_number_has_its_place() -> None:
 
 
 def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
-    known = Layout([A, B], norms=2, device=CPU)
-    assert known.knows({"b": Record({3: observe(torch.ones(1, 3), 1)})})
+    known = VectorLayout([A, B], norms=2, device=CPU)
+    assert known.knows({"b": LayerRecord({3: moments_of(torch.ones(1, 3), 1)})})
     assert not known.knows(records())
     vector = known.pack({"a": records()["a"]}, [0.0, 0.0], [0.0, 0.0])
     assert vector[known.counts].tolist() == [2, 0]
@@ -54,7 +54,7 @@ def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
 
 
 def test_a_model_without_layers() -> None:
-    layout = Layout([], norms=2, device=CPU)
+    layout = VectorLayout([], norms=2, device=CPU)
     vector = layout.pack({}, [0.0, 0.0], [0.0, 0.0])
     assert vector.tolist() == [0.0] * (FLAGS + 2)
 

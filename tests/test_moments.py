@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_init import moments
-from lightning_init.moments import Moments, merge, observe, pack, scale, signal_variance, variance
+from lightning_init.moments import Moments, merge, moments_of, pack, scale, signal_variance, variance
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def test_variances_are_exact(shape: tuple[int, ...], unit_dim: int) -> None:
     torch.manual_seed(0)
     values = torch.randn(shape) * 3 + 7
     pooled, signal = exact(values, unit_dim)
-    measured = observe(values, unit_dim)
+    measured = moments_of(values, unit_dim)
     assert measured.n == values.numel()
     assert isinstance(measured.sums, Tensor)
     assert measured.sums.shape == (values.shape[unit_dim],)
@@ -69,7 +69,7 @@ def test_any_magnitude_and_mean(mean: float, std: float) -> None:
     torch.manual_seed(0)
     values = (torch.randn(64, 16, dtype=torch.float64) * std + mean).float()
     pooled, signal = exact(values, 1)
-    measured = observe(values, 1)
+    measured = moments_of(values, 1)
     assert float(variance(measured)) == pytest.approx(pooled, rel=2e-6, abs=0)
     assert float(signal_variance(measured)) == pytest.approx(signal, rel=2e-6, abs=0)
 
@@ -78,13 +78,13 @@ def test_any_magnitude_and_mean(mean: float, std: float) -> None:
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
 def test_dtype_default_dtype_and_autocast_change_nothing(dtype: torch.dtype, default: torch.dtype) -> None:
     values = torch.arange(1, 97, dtype=torch.float64).reshape(16, 6).to(dtype)
-    plain = observe(values, 1)
+    plain = moments_of(values, 1)
     assert float(variance(plain)) == pytest.approx(exact(values, 1)[0], rel=1e-12)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            again = observe(values, 1)
+            again = moments_of(values, 1)
             vector = numbers(again)
     finally:
         torch.set_default_dtype(before)
@@ -96,27 +96,27 @@ def test_dtype_default_dtype_and_autocast_change_nothing(dtype: torch.dtype, def
 def test_strides_do_not_matter(unit_dim: int) -> None:
     torch.manual_seed(0)
     dense = torch.randn(4, 6, 5, 3)
-    expected = observe(dense.clone(), unit_dim)
+    expected = moments_of(dense.clone(), unit_dim)
     last = dense.to(memory_format=torch.channels_last)
     strided = torch.randn(8, 6, 5, 6)[::2, :, :, ::2].copy_(dense)
     transposed = dense.transpose(0, 2).contiguous().transpose(0, 2)
     for values in (last, strided, transposed, dense.requires_grad_()):
-        torch.testing.assert_close(numbers(observe(values, unit_dim)), numbers(expected), rtol=1e-6, atol=1e-4)
+        torch.testing.assert_close(numbers(moments_of(values, unit_dim)), numbers(expected), rtol=1e-6, atol=1e-4)
     assert not expected.sums.requires_grad
-    assert not observe(dense, unit_dim).sums.requires_grad
+    assert not moments_of(dense, unit_dim).sums.requires_grad
 
 
 def test_blocks_cover_a_large_tensor_once() -> None:
     """More than one block, the last one shorter; ones count themselves."""
     ones = torch.ones(3 * moments._BLOCK // 64 + 7, 64)
-    measured = observe(ones, 1)
+    measured = moments_of(ones, 1)
     assert measured.n == ones.numel()
     assert torch.equal(measured.sums, torch.full((64,), len(ones), dtype=torch.float64))
     assert measured.squares == ones.numel()
-    assert observe(ones).squares == ones.numel()
-    wide = observe(torch.ones(1, 2 * moments._BLOCK), 1)  # one row is more than a block
+    assert moments_of(ones).squares == ones.numel()
+    wide = moments_of(torch.ones(1, 2 * moments._BLOCK), 1)  # one row is more than a block
     assert wide.squares == 2 * moments._BLOCK
-    image = observe(torch.ones(2, 3, 5 * moments._BLOCK // 4), 1)  # one sample is
+    image = moments_of(torch.ones(2, 3, 5 * moments._BLOCK // 4), 1)  # one sample is
     assert torch.equal(image.sums, torch.full((3,), 10 * moments._BLOCK / 4, dtype=torch.float64))
     assert image.squares == image.n == 3 * 10 * moments._BLOCK // 4
 
@@ -127,7 +127,7 @@ def test_two_to_the_25_elements() -> None:
     small = torch.randn(2**13, 64) + 100
     large = small.repeat(64, 1)
     assert large.numel() == 2**25
-    measured = observe(large, 1)
+    measured = moments_of(large, 1)
     assert measured.n == 2**25
     assert float(variance(measured)) == pytest.approx(small.double().var(correction=0).item(), rel=1e-7)
     expected = small.double().var(0, correction=0).mean().item()
@@ -136,28 +136,28 @@ def test_two_to_the_25_elements() -> None:
 
 def test_nothing_is_not_a_number() -> None:
     """An expert that saw no token."""
-    nothing = observe(torch.empty(0, 5), 1)
+    nothing = moments_of(torch.empty(0, 5), 1)
     assert nothing.n == 0
     assert nothing.sums.shape == (5,)
     assert math.isnan(variance(nothing))
     assert math.isnan(signal_variance(nothing))
-    something = observe(torch.tensor([[1.0, 2, 3, 4, 5]]), 1)
+    something = moments_of(torch.tensor([[1.0, 2, 3, 4, 5]]), 1)
     assert float(variance(merge(nothing, something))) == 2.0
-    assert observe(torch.empty(4, 0), 1).n == 0
+    assert moments_of(torch.empty(4, 0), 1).n == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_visible(bad: float) -> None:
     values = torch.ones(4, 3)
     values[1, 2] = bad
-    assert not math.isfinite(variance(observe(values, 1)))
+    assert not math.isfinite(variance(moments_of(values, 1)))
 
 
 def test_scale_is_the_moments_of_the_product() -> None:
     values = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
     for factor in (0.25, torch.tensor(0.25, dtype=torch.float64)):
-        scaled = scale(observe(values, 1), factor)
-        assert torch.equal(numbers(scaled), numbers(observe(values * 0.25, 1)))
+        scaled = scale(moments_of(values, 1), factor)
+        assert torch.equal(numbers(scaled), numbers(moments_of(values * 0.25, 1)))
 
 
 def test_pack_takes_what_is_known_and_what_is_on_a_device() -> None:
@@ -181,11 +181,11 @@ NUMBERS = st.integers(-1000, 1000).map(lambda n: n / 2)
 def test_split_anywhere_merge_in_any_order(rows: list[list[float]], cuts: list[int], data: st.DataObject) -> None:
     values = torch.tensor(rows)
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
-    parts = [observe(values[a:b], 1) for a, b in itertools.pairwise(edges)]
+    parts = [moments_of(values[a:b], 1) for a, b in itertools.pairwise(edges)]
     order = data.draw(st.permutations(parts))
     left = functools.reduce(merge, order)
     right = functools.reduce(lambda a, b: merge(b, a), reversed(order))
-    whole = observe(values, 1)
+    whole = moments_of(values, 1)
     for merged in (left, right):
         assert merged.n == whole.n
         assert torch.equal(numbers(merged), numbers(whole))
@@ -203,14 +203,14 @@ def test_any_numbers_against_fractions(rows: list[list[float]], shift: float) ->
     pooled, signal = exact(values, 1)
     # rounding of Σx²: n · 2^-53 of the mean square, twice
     bound = 4e-15 * float((values.double() ** 2).mean())
-    assert float(variance(observe(values, 1))) == pytest.approx(pooled, rel=1e-9, abs=bound)
-    assert float(signal_variance(observe(values, 1))) == pytest.approx(signal, rel=1e-9, abs=bound)
+    assert float(variance(moments_of(values, 1))) == pytest.approx(pooled, rel=1e-9, abs=bound)
+    assert float(signal_variance(moments_of(values, 1))) == pytest.approx(signal, rel=1e-9, abs=bound)
 
 
 def test_many_merges_do_not_add_up_to_an_error() -> None:
     """A recurrent cell is called once a position; each call alone is summed in float32."""
     torch.manual_seed(0)
-    moments = observe(torch.randn(64, 64) + 3, 1)
+    moments = moments_of(torch.randn(64, 64) + 3, 1)
     merged = functools.reduce(merge, [moments] * 4000)
     assert float(variance(merged)) == pytest.approx(float(variance(moments)), rel=1e-9)
     assert float(signal_variance(merged)) == pytest.approx(float(signal_variance(moments)), rel=1e-9)

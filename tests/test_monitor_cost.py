@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_init import moments
-from lightning_init.moments import observe, pack
+from lightning_init.moments import moments_of, pack
 from lightning_init.monitor import reading, squares
 from lightning_init.monitor.layers import find_layers
-from lightning_init.monitor.norms import Norms, whole_gradients
+from lightning_init.monitor.norms import ParameterNorms, whole_gradients
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.stats import DEFAULT_STATS
 from tests.models import conv_net, mlp
@@ -32,7 +32,7 @@ READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing on this machine waits for a device; the code that has to avoid it runs all the same."""
     for module in (moments, squares, reading):
-        monkeypatch.setattr(module, "waits", lambda values: True)
+        monkeypatch.setattr(module, "needs_device_sync", lambda values: True)
     monkeypatch.setattr(moments, "_sums", None)
 
 
@@ -77,11 +77,11 @@ class DispatchedReads(DispatchedCalls):
 
 def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, float]:
     recorder.start()
-    recorder.tap.attach()
+    recorder.collector.attach()
     loss = network(x).square().mean()
-    recorder.tap.gradient_factor = 1.0
+    recorder.collector.gradient_factor = 1.0
     loss.backward()
-    recorder.tap.detach()
+    recorder.collector.detach()
     recorder.before_step(network.parameters())
     stats = recorder.exchange()
     assert stats is not None
@@ -110,7 +110,7 @@ def test_norms_of_what_no_layer_owns_are_added_up_at_once() -> None:
     for depth in (3, 30):
         network = mlp(16, depth)
         network(torch.randn(8, 64)).square().mean().backward()
-        norms = Norms(find_layers(network)[-1:], ["gradient_norm"])
+        norms = ParameterNorms(find_layers(network)[-1:], ["gradient_norm"])
         norms.before_step(whole_gradients(network.parameters()))
         with DispatchedCalls() as calls:
             packed = norms.packed()
@@ -129,7 +129,7 @@ def test_an_accelerator_finds_the_same(request: pytest.FixtureRequest) -> None:
     expected = stats_of(here, network, x)
     request.getfixturevalue("as_on_an_accelerator")
     found = stats_of(there, network, x)
-    assert all(isinstance(number, Tensor) for number in observe(x)[1:])
+    assert all(isinstance(number, Tensor) for number in moments_of(x)[1:])
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-12)
 

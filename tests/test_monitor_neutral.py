@@ -53,12 +53,12 @@ def test_training_is_bit_identical(kind: str) -> None:
     ("target", "where"),
     [
         ("lightning_init.callbacks.monitor.find_layers", "finding the layers"),
-        ("lightning_init.monitor.tap.Tap.attach", "on_train_batch_start"),
-        ("lightning_init.monitor.tap.observe", "hook on layer 'network.0'"),
+        ("lightning_init.monitor.tap.ActivationCollector.attach", "on_train_batch_start"),
+        ("lightning_init.monitor.tap.moments_of", "hook on layer 'network.0'"),
         ("lightning_init.callbacks.loop.loss_scale", "on_before_backward"),
         ("lightning_init.monitor.norms.sums_of_squares", "on_before_optimizer_step"),
-        ("lightning_init.monitor.layout.Layout.pack", "packing"),
-        ("lightning_init.monitor.recorder.Reading", "reading"),
+        ("lightning_init.monitor.layout.VectorLayout.pack", "packing"),
+        ("lightning_init.monitor.recorder.StepResult", "reading"),
         ("lightning_init.monitor.board.Board.write", "writing"),
     ],
 )

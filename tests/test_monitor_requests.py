@@ -92,7 +92,7 @@ def test_a_fault_after_the_step_is_said_and_training_goes_on(monkeypatch: pytest
     def broken(*args: Any) -> None:
         raise RuntimeError("bad luck")
 
-    monkeypatch.setattr("lightning_init.monitor.norms.Norms.after_step", broken)
+    monkeypatch.setattr("lightning_init.monitor.norms.ParameterNorms.after_step", broken)
     module = DigitsMLP()
     trainer = make_trainer(
         max_steps=3, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(1, stats=STEP_STATS)]

@@ -24,7 +24,7 @@ def net() -> nn.Module:
     return outer
 
 
-PLAIN = [name for name, _ in net().named_parameters()]
+GENERIC_ROLE = [name for name, _ in net().named_parameters()]
 
 
 def compiled(model: nn.Module) -> nn.Module:
@@ -61,7 +61,7 @@ WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=range(len(WRAPPERS)))
 def test_wrappers_leave_no_trace(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(net())
-    assert [clean_name(model, path) for path, _ in model.named_parameters()] == PLAIN
+    assert [clean_name(model, path) for path, _ in model.named_parameters()] == GENERIC_ROLE
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def _group() -> Iterator[None]:
 )
 def test_ddp(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(net())
-    assert [clean_name(model, path) for path, _ in model.named_parameters()] == PLAIN
+    assert [clean_name(model, path) for path, _ in model.named_parameters()] == GENERIC_ROLE
 
 
 @pytest.mark.usefixtures("_group")
@@ -94,10 +94,10 @@ def test_fsdp1() -> None:
     model.module["body"] = wrap(model.module["body"])  # type: ignore[operator,index]
     paths = [path for path, _ in model.named_parameters()]
     assert sum("_fsdp_wrapped_module" in path for path in paths) == 4
-    assert [clean_name(model, path) for path in paths] == PLAIN
+    assert [clean_name(model, path) for path in paths] == GENERIC_ROLE
     root = wrap(model)
     with FullyShardedDataParallel.summon_full_params(root):
-        assert [clean_name(root, path) for path, _ in root.named_parameters()] == PLAIN
+        assert [clean_name(root, path) for path, _ in root.named_parameters()] == GENERIC_ROLE
 
 
 def test_a_path_without_a_module_behind_it_stays() -> None:

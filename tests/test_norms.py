@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_init.moments import pack
 from lightning_init.monitor.layers import find_layers
-from lightning_init.monitor.norms import Norms, whole_gradients
+from lightning_init.monitor.norms import ParameterNorms, whole_gradients
 from tests.models import conv_net, mlp
 
 CPU = torch.device("cpu")
@@ -25,12 +25,12 @@ BLOCKS = 1e-7
 
 
 def norms_of(network: nn.Module, parameters: list[nn.Parameter] | None = None) -> dict[str, float]:
-    norms = Norms(find_layers(network), ["gradient_norm"])
+    norms = ParameterNorms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters() if parameters is None else parameters))
     return norms.read(vector(norms).numpy())["gradient"]
 
 
-def vector(norms: Norms) -> Tensor:
+def vector(norms: ParameterNorms) -> Tensor:
     return pack(norms.packed(), CPU)
 
 
@@ -87,7 +87,7 @@ def test_only_what_steps_counts() -> None:
 
 def test_the_last_look_counts_and_is_forgotten() -> None:
     network = with_gradients(mlp(depth=1), 64)
-    norms = Norms(find_layers(network), ["gradient_norm"])
+    norms = ParameterNorms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters()))
     once = vector(norms)
     norms.before_step(whole_gradients(network.parameters()))
@@ -96,7 +96,7 @@ def test_the_last_look_counts_and_is_forgotten() -> None:
     for factor in (0.5, torch.tensor(0.5, dtype=torch.float64)):
         norms.before_step(whole_gradients(network.parameters()), factor)
         torch.testing.assert_close(vector(norms)[:squares], once[:squares] / 4, rtol=1e-12, atol=0)
-    norms.empty()
+    norms.clear()
     assert not vector(norms).any()
     assert len(norms.packed()) == norms.size
 
@@ -112,13 +112,13 @@ def test_optimizers_that_take_turns() -> None:
     gradients = whole_gradients(network.parameters())
     first = {p: g for p, g in gradients.items() if p in set(network[0].parameters())}
     second = {p: g for p, g in gradients.items() if p not in first}
-    norms = Norms(find_layers(network), ["gradient_norm"])
+    norms = ParameterNorms(find_layers(network), ["gradient_norm"])
     packed = []
     for parts in ([first], [second], [first, second], [gradients], [second, first, second]):
         for part in parts:
             norms.before_step(part)
         packed.append(vector(norms))
-        norms.empty()
+        norms.clear()
     torch.testing.assert_close(packed[2], packed[0] + packed[1], rtol=1e-15, atol=0)
     torch.testing.assert_close(packed[3], packed[2], rtol=1e-15, atol=0)
     torch.testing.assert_close(packed[4], packed[2], rtol=1e-15, atol=0)
@@ -128,8 +128,8 @@ def test_optimizers_that_take_turns() -> None:
 def test_the_update_of_what_no_layer_owns_is_of_its_weight() -> None:
     """``total`` is over the same parameters above and below the line, however few layers were chosen."""
     network = with_gradients(mlp(), 64)
-    every = Norms(find_layers(network), ["update_ratio"])
-    last = Norms(find_layers(network)[-1:], ["update_ratio"])
+    every = ParameterNorms(find_layers(network), ["update_ratio"])
+    last = ParameterNorms(find_layers(network)[-1:], ["update_ratio"])
     for norms in (every, last):
         norms.before_step(whole_gradients(network.parameters()))
     with torch.no_grad():

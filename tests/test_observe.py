@@ -81,7 +81,7 @@ def test_errors_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any) -> None:
         raise RuntimeError("bad luck")
 
-    monkeypatch.setattr("lightning_init.monitor.tap.observe", broken)
+    monkeypatch.setattr("lightning_init.monitor.tap.moments_of", broken)
     with observe(model) as watching:
         model(PIXELS)
     with pytest.raises(RuntimeError, match="observation has failed: rank 0: hook on layer '0': RuntimeError: bad luck"):

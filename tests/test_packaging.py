@@ -17,7 +17,7 @@ import sys
 sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]  # this wheel, nothing else
 import torch
 from lightning_init import moments
-print(moments._sums is not None, moments.observe(torch.arange(12.0).reshape(4, 3), 1))
+print(moments._sums is not None, moments.moments_of(torch.arange(12.0).reshape(4, 3), 1))
 """
 
 

@@ -11,11 +11,17 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_init.initialization.places import Place, parametrizations_of, places, type_name, weight_norm_of
+from lightning_init.initialization.places import (
+    ParameterSite,
+    parameter_sites,
+    parametrizations_of,
+    type_name,
+    weight_norm_of,
+)
 
 
-def place_of(model: nn.Module, name: str) -> Place:
-    (found,) = [place for place in places(model) if place.name == name]
+def place_of(model: nn.Module, name: str) -> ParameterSite:
+    (found,) = [site for site in parameter_sites(model) if site.stored_fqn == name]
     return found
 
 
@@ -23,17 +29,17 @@ def test_every_name_of_every_parameter_in_order() -> None:
     table, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
     head.weight = table.weight
     model = nn.ModuleDict({"table": table, "inner": nn.Sequential(nn.Linear(4, 4)), "head": head})
-    found = list(places(model))
-    assert [place.name for place in found] == ["table.weight", "inner.0.weight", "inner.0.bias", "head.weight"]
-    assert [place.target for place in found] == [place.name for place in found]
+    found = list(parameter_sites(model))
+    assert [site.stored_fqn for site in found] == ["table.weight", "inner.0.weight", "inner.0.bias", "head.weight"]
+    assert [site.forward_fqn for site in found] == [site.stored_fqn for site in found]
     assert found[0].parameter is found[3].parameter
-    assert [place.module for place in found] == [table, model["inner"][0], model["inner"][0], head]  # type: ignore[index]
-    assert {place.via for place in found} == {"itself"}
+    assert [site.module for site in found] == [table, model["inner"][0], model["inner"][0], head]  # type: ignore[index]
+    assert {site.storage for site in found} == {"itself"}
 
 
 def test_a_model_that_is_one_layer() -> None:
-    found = list(places(nn.Linear(3, 2)))
-    assert [(place.name, place.attribute, place.outer) for place in found] == [
+    found = list(parameter_sites(nn.Linear(3, 2)))
+    assert [(site.stored_fqn, site.attribute, site.ancestors) for site in found] == [
         ("weight", "weight", ()),
         ("bias", "bias", ()),
     ]
@@ -53,19 +59,23 @@ def test_wrappers_leave_no_trace_in_names(wrapper: str) -> None:
     inner = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
     model = nn.ModuleDict({"module": WRAPPED[wrapper](inner)})
     plain = nn.ModuleDict({"module": inner})
-    for place, expected in zip(places(model), places(plain), strict=True):
-        assert (place.name, place.target, place.attribute) == (expected.name, expected.target, expected.attribute)
-        assert place.module is expected.module is inner[0]
-        assert place.parameter is expected.parameter
-        assert {name for _, name in place.outer} == {name for _, name in expected.outer}
+    for site, expected in zip(parameter_sites(model), parameter_sites(plain), strict=True):
+        assert (site.stored_fqn, site.forward_fqn, site.attribute) == (
+            expected.stored_fqn,
+            expected.forward_fqn,
+            expected.attribute,
+        )
+        assert site.module is expected.module is inner[0]
+        assert site.parameter is expected.parameter
+        assert {name for _, name in site.ancestors} == {name for _, name in expected.ancestors}
 
 
 def test_the_modules_around_an_owner_see_it_by_shorter_names() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), parametrizations.weight_norm(nn.Linear(3, 2)))})
     for name in ("a.1.bias", "a.1.parametrizations.weight.original1"):
-        place = place_of(model, name)
-        assert place.outer == ((model, place.target), (model["a"], f"1.{place.attribute}"))
-        assert place.target == f"a.1.{place.attribute}"
+        site = place_of(model, name)
+        assert site.ancestors == ((model, site.forward_fqn), (model["a"], f"1.{site.attribute}"))
+        assert site.forward_fqn == f"a.1.{site.attribute}"
 
 
 class Twice(nn.Module):
@@ -80,13 +90,13 @@ def test_parts_of_a_parametrized_weight_belong_to_it() -> None:
     layer = parametrizations.weight_norm(nn.Linear(3, 2))
     parametrize.register_parametrization(layer, "bias", Twice())
     model = nn.Sequential(layer)
-    parts = {place.name: place for place in places(model)}
-    assert {name: place.target for name, place in parts.items()} == {
+    parts = {site.stored_fqn: site for site in parameter_sites(model)}
+    assert {name: site.forward_fqn for name, site in parts.items()} == {
         "0.parametrizations.weight.original0": "0.weight",
         "0.parametrizations.weight.original1": "0.weight",
         "0.parametrizations.bias.original": "0.bias",
     }
-    assert all(place.module is layer and place.via == "parametrization" for place in parts.values())
+    assert all(site.module is layer and site.storage == "parametrization" for site in parts.values())
     bias = parts["0.parametrizations.bias.original"]
     assert torch.equal(bias.current, 2 * bias.parameter)
     assert not bias.current.requires_grad
@@ -109,17 +119,17 @@ def test_a_parametrized_module_inside_a_parametrization_is_found_too() -> None:
 
     layer = nn.Linear(3, 2)
     parametrize.register_parametrization(layer, "weight", Mixed())
-    parts = {place.name: place for place in places(layer)}
-    assert parts["parametrizations.weight.0.mix.weight"].via == "itself"
-    assert parts["parametrizations.weight.0.mix.weight"].target == "parametrizations.weight.0.mix.weight"
-    assert parts["parametrizations.weight.original"].target == "weight"
+    parts = {site.stored_fqn: site for site in parameter_sites(layer)}
+    assert parts["parametrizations.weight.0.mix.weight"].storage == "itself"
+    assert parts["parametrizations.weight.0.mix.weight"].forward_fqn == "parametrizations.weight.0.mix.weight"
+    assert parts["parametrizations.weight.original"].forward_fqn == "weight"
 
 
 def test_the_older_weight_norm_computes_by_a_hook() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         layer = nn.utils.weight_norm(nn.Linear(3, 2))  # type: ignore[arg-type]
-    parts = {place.name: place for place in places(nn.Sequential(layer))}
-    assert {name: (place.target, place.via) for name, place in parts.items()} == {
+    parts = {site.stored_fqn: site for site in parameter_sites(nn.Sequential(layer))}
+    assert {name: (site.forward_fqn, site.storage) for name, site in parts.items()} == {
         "0.bias": ("0.bias", "itself"),
         "0.weight_g": ("0.weight", "weight_norm"),
         "0.weight_v": ("0.weight", "weight_norm"),
@@ -138,9 +148,9 @@ def test_what_a_hook_recomputes_is_the_weight_it_starts_from() -> None:
     prune.random_unstructured(pruned, "weight", 0.5)
     spectral = nn.utils.spectral_norm(nn.Linear(3, 2))
     for layer in (pruned, spectral):
-        place = place_of(layer, "weight_orig")
-        assert (place.target, place.attribute, place.via) == ("weight", "weight", "recomputed")
-        assert torch.equal(place.current, place.parameter)
+        site = place_of(layer, "weight_orig")
+        assert (site.forward_fqn, site.attribute, site.storage) == ("weight", "weight", "recomputed")
+        assert torch.equal(site.current, site.parameter)
 
 
 class OwnNames(nn.Module):
@@ -156,8 +166,8 @@ class OwnNames(nn.Module):
 
 @pytest.mark.parametrize("name", ["scale_g", "kernel_orig", "table_orig"])
 def test_endings_alone_mean_nothing(name: str) -> None:
-    place = place_of(OwnNames(), name)
-    assert (place.target, place.via) == (name, "itself")
+    site = place_of(OwnNames(), name)
+    assert (site.forward_fqn, site.storage) == (name, "itself")
 
 
 class ParametrizedLinear(nn.Linear):

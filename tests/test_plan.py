@@ -25,8 +25,8 @@ def planned(
     model: nn.Module, scheme: str | Scheme = "he_normal", *rules: Rule, **options: object
 ) -> dict[str, Assignment]:
     steps = make_plan(model, Request.of(scheme, rules, **options))  # type: ignore[arg-type]
-    assert len({step.name for step in steps}) == len(steps)
-    return {step.name: step for step in steps}
+    assert len({assignment.name for assignment in steps}) == len(steps)
+    return {assignment.name: assignment for assignment in steps}
 
 
 def test_every_parameter_has_one_assignment_in_order_of_registration() -> None:
@@ -36,15 +36,15 @@ def test_every_parameter_has_one_assignment_in_order_of_registration() -> None:
 
 def test_every_role_gets_its_own() -> None:
     steps = planned(RowTransformer())
-    decided = {name: (step.rule, step.scheme) for name, step in steps.items()}
+    decided = {name: (assignment.decided_by, assignment.scheme) for name, assignment in steps.items()}
     assert decided["rows.weight"] == ("scheme", "he_normal")
     assert decided["rows.bias"] == ("bias", "zeros")
     assert decided["positions.weight"] == ("embedding", "standard_normal")
     assert decided["encoder.layers.0.norm1.weight"] == ("norm", "ones")
     assert decided["encoder.layers.0.norm1.bias"] == ("norm", "zeros")
     assert decided["encoder.layers.1.self_attn.in_proj_weight"] == ("scheme", "he_normal")
-    assert len(steps["encoder.layers.1.self_attn.in_proj_weight"].values) == 3
-    assert all(step.is_drawn for step in steps.values())
+    assert len(steps["encoder.layers.1.self_attn.in_proj_weight"].initializers) == 3
+    assert all(assignment.is_drawn for assignment in steps.values())
 
 
 def test_the_first_rule_wins_and_literal_ones_reach_everything() -> None:
@@ -57,11 +57,15 @@ def test_the_first_rule_wins_and_literal_ones_reach_everything() -> None:
         Rule("*.bias", Uniform(-1, 1)),
         Rule("*.linear2.weight", "orthogonal", gain=0.5),
     )
-    assert all(step.reason == "kept by rule" for name, step in steps.items() if name.startswith("encoder.layers.0."))
-    assert steps["encoder.layers.1.norm1.weight"].values == (Constant(0.5),)
-    assert steps["encoder.layers.1.norm1.bias"].values == (Uniform(-1, 1),)
-    assert steps["positions.weight"].values == (Normal(0.02),)
-    assert steps["head.bias"].rule == "*.bias"
+    assert all(
+        assignment.reason == "kept by rule"
+        for name, assignment in steps.items()
+        if name.startswith("encoder.layers.0.")
+    )
+    assert steps["encoder.layers.1.norm1.weight"].initializers == (Constant(0.5),)
+    assert steps["encoder.layers.1.norm1.bias"].initializers == (Uniform(-1, 1),)
+    assert steps["positions.weight"].initializers == (Normal(0.02),)
+    assert steps["head.bias"].decided_by == "*.bias"
     assert (steps["encoder.layers.1.linear2.weight"].gain, steps["rows.weight"].gain) == (0.5, 2**0.5)
 
 
@@ -69,7 +73,7 @@ def test_the_first_rule_wins_and_literal_ones_reach_everything() -> None:
 def test_a_rule_for_modules_leaves_biases_and_norms_what_they_are(pattern: str) -> None:
     steps = planned(RowTransformer(), "he_normal", Rule(pattern, "xavier_uniform"))
     assert steps["encoder.layers.0.linear1.weight"].scheme == "xavier_uniform"
-    assert steps["encoder.layers.0.linear1.weight"].rule == pattern
+    assert steps["encoder.layers.0.linear1.weight"].decided_by == pattern
     assert steps["encoder.layers.0.linear1.bias"].scheme == "zeros"
     assert steps["encoder.layers.0.norm1.weight"].scheme == "ones"
     assert steps["positions.weight"].scheme == "standard_normal"
@@ -78,8 +82,8 @@ def test_a_rule_for_modules_leaves_biases_and_norms_what_they_are(pattern: str) 
 
 def test_torch_default_by_a_module_rule_brings_torchs_biases() -> None:
     steps = planned(RowTransformer(), "he_normal", Rule("head.*", "torch_default"))
-    assert steps["head.bias"].values == (Uniform(-0.25, 0.25),)
-    assert steps["rows.bias"].values == (Constant(0.0),)
+    assert steps["head.bias"].initializers == (Uniform(-0.25, 0.25),)
+    assert steps["rows.bias"].initializers == (Constant(0.0),)
 
 
 @pytest.mark.parametrize("name", ["positions.weight", "head.bias", "encoder.layers.0.norm1.weight"])
@@ -104,10 +108,13 @@ def test_a_rule_that_matches_nothing_is_an_error() -> None:
 def test_the_bias_is_the_users_for_all_biases() -> None:
     model = nn.ModuleList([nn.Linear(2, 3), nn.LSTM(2, 3), nn.LayerNorm(3)])
     steps = planned(model, "he_normal", bias=0.25)
-    assert {steps[name].values for name in ("0.bias", "1.bias_hh_l0")} == {(Constant(0.25),), (Constant(0.25),) * 4}
-    assert steps["1.bias_ih_l0"].values == (Constant(0.25),) * 4
-    assert steps["2.bias"].values == (Constant(0.0),)  # a norm's
-    assert planned(model, "torch_default", bias=0.25)["0.bias"].values == (Constant(0.25),)
+    assert {steps[name].initializers for name in ("0.bias", "1.bias_hh_l0")} == {
+        (Constant(0.25),),
+        (Constant(0.25),) * 4,
+    }
+    assert steps["1.bias_ih_l0"].initializers == (Constant(0.25),) * 4
+    assert steps["2.bias"].initializers == (Constant(0.0),)  # a norm's
+    assert planned(model, "torch_default", bias=0.25)["0.bias"].initializers == (Constant(0.25),)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +126,7 @@ def test_the_forget_gate_starts_open_in_exactly_one_of_two_biases(model: nn.Modu
     for name, bias in model.named_parameters():
         if name.startswith("bias"):
             assert torch.equal(bias, forget if "ih" in name else torch.zeros(16)), name
-    assert {step.scheme for name, step in planned(model).items() if "bias_ih" in name} == {"zeros, f 1"}
+    assert {assignment.scheme for name, assignment in planned(model).items() if "bias_ih" in name} == {"zeros, f 1"}
 
 
 def test_a_bias_of_zero_asked_for_is_zero_in_the_forget_gate_too() -> None:
@@ -175,16 +182,16 @@ def frozen_length() -> nn.Module:
     ],
 )
 def test_what_is_left_alone_says_why(make: Callable[[], nn.Module], name: str, reason: str) -> None:
-    step = planned(make())[name]
-    assert not step.is_drawn
-    assert step.reason == reason
-    assert (step.values, step.scheme) == ((), "")
+    assignment = planned(make())[name]
+    assert not assignment.is_drawn
+    assert assignment.reason == reason
+    assert (assignment.initializers, assignment.scheme) == ((), "")
 
 
 def test_an_unknown_type_is_told_the_line_to_paste_and_a_literal_rule_serves_it() -> None:
-    step = planned(Unknown())["A_log"]
-    assert step.advice == "register(Unknown, 'A_log', Fans(fan_in, fan_out))"
-    assert planned(Unknown(), "he_normal", Rule("A_log", Normal(0.1)))["A_log"].values == (Normal(0.1),)
+    assignment = planned(Unknown())["A_log"]
+    assert assignment.advice == "register(Unknown, 'A_log', Fans(fan_in, fan_out))"
+    assert planned(Unknown(), "he_normal", Rule("A_log", Normal(0.1)))["A_log"].initializers == (Normal(0.1),)
     for rule in (Rule("*", Normal(0.1)), Rule("A_log", "xavier_normal"), Rule("A_log", "torch_default")):
         assert planned(Unknown(), "he_normal", rule)["A_log"].reason == "module type unknown"
 
@@ -193,7 +200,7 @@ def test_keeping_one_part_of_a_weight_keeps_it_all() -> None:
     layer = parametrizations.weight_norm(nn.Linear(2, 3, bias=False))
     for part in ("original0", "original1"):
         steps = planned(layer, "he_normal", Rule(f"*.{part}", "keep"))
-        assert {step.reason for step in steps.values()} == {"kept by rule"}
+        assert {assignment.reason for assignment in steps.values()} == {"kept by rule"}
     by_plain_name = planned(layer, "he_normal", Rule("weight", "orthogonal"))
     assert by_plain_name["parametrizations.weight.original0"].scheme == "orthogonal through WeightNorm"
 
@@ -214,7 +221,10 @@ class Tied(nn.Module):
 def test_tied_weights_are_drawn_once_by_name_and_not_by_order(head_first: bool) -> None:
     steps = planned(Tied(head_first))
     assert steps["b_table.weight"].reason == "tied to a_head.weight"
-    assert (steps["a_head.weight"].rule, steps["a_head.weight"].values) == ("tied head", (Normal(16**-0.5),))
+    assert (steps["a_head.weight"].decided_by, steps["a_head.weight"].initializers) == (
+        "tied head",
+        (Normal(16**-0.5),),
+    )
     assert steps["a_head.weight"].gain == 1.0
     assert steps["a_head.weight"].role == planned(Tied(not head_first))["a_head.weight"].role
     model, other = Tied(head_first), Tied(not head_first)
@@ -227,13 +237,13 @@ def test_tied_weights_are_drawn_once_by_name_and_not_by_order(head_first: bool) 
 @pytest.mark.parametrize("named", ["a_head.weight", "b_table.weight"])
 def test_a_rule_on_either_name_of_a_tied_weight_counts(named: str) -> None:
     steps = planned(Tied(True), "he_normal", Rule(named, "lecun_normal"))
-    assert (steps["a_head.weight"].rule, steps["a_head.weight"].values) == (named, (Normal(16**-0.5),))
+    assert (steps["a_head.weight"].decided_by, steps["a_head.weight"].initializers) == (named, (Normal(16**-0.5),))
     kept = planned(Tied(True), "zeros", Rule(named, "keep"))
     assert {kept[name].reason for name in ("a_head.weight", "b_table.weight")} == {"kept by rule"}
 
 
 def test_torchs_own_draw_of_a_tied_head_is_the_heads() -> None:
-    assert planned(Tied(True), "torch_default")["a_head.weight"].values == (Uniform(-0.25, 0.25),)
+    assert planned(Tied(True), "torch_default")["a_head.weight"].initializers == (Uniform(-0.25, 0.25),)
 
 
 def test_a_module_used_twice_is_drawn_once() -> None:
@@ -254,17 +264,17 @@ def test_layers_that_torch_cloned_become_different() -> None:
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "torch_default"])
 def test_values_are_known_before_anything_is_drawn(scheme: str) -> None:
-    for step in planned(mlp(), scheme).values():
-        assert len(step.values) == len(step.slices)
-        if step.role and step.role.kind == "bias":
-            assert step.values == (Constant(0.0),)
+    for assignment in planned(mlp(), scheme).values():
+        assert len(assignment.initializers) == len(assignment.slices)
+        if assignment.role and assignment.role.kind == "bias":
+            assert assignment.initializers == (Constant(0.0),)
 
 
 def test_the_activation_is_the_gain_of_weights() -> None:
     steps = planned(mlp(), "lecun_normal", activation="relu")
     assert steps["0.weight"].gain == pytest.approx(2**0.5, rel=1e-6)
-    assert isinstance(steps["0.weight"].values[0], Normal)
-    assert steps["0.weight"].values[0].std == pytest.approx((2 / 64) ** 0.5, rel=1e-6)
+    assert isinstance(steps["0.weight"].initializers[0], Normal)
+    assert steps["0.weight"].initializers[0].std == pytest.approx((2 / 64) ** 0.5, rel=1e-6)
 
 
 def test_a_scheme_of_no_kind_is_refused() -> None:

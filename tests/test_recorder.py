@@ -22,12 +22,12 @@ CPU = torch.device("cpu")
 def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> LayerStats | None:
     """One step without a Trainer."""
     recorder.start()
-    recorder.tap.attach()
+    recorder.collector.attach()
     network.zero_grad()
     loss = nn.functional.cross_entropy(network(x), y)
-    recorder.tap.gradient_factor = 1.0
+    recorder.collector.gradient_factor = 1.0
     loss.backward()
-    recorder.tap.detach()
+    recorder.collector.detach()
     recorder.before_step(network.parameters())
     return recorder.exchange()
 
@@ -69,10 +69,10 @@ def test_nothing_is_kept_for_the_next_step() -> None:
     recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
     assert measure(recorder, network, *batch()) is not None
     assert not any(recorder.norms.packed())
-    assert recorder.norms.look_back
+    assert recorder.norms.needs_post_step
     recorder.after_step([])  # would find weights of before the step, had any been kept
     assert not any(recorder.norms.packed())
-    assert recorder.tap.empty() == {}
+    assert recorder.collector.drain() == {}
 
 
 def test_only_the_chosen_statistics_cost_anything() -> None:
@@ -81,14 +81,14 @@ def test_only_the_chosen_statistics_cost_anything() -> None:
     stats = measure(recorder, network, *batch())
     assert stats is not None
     assert set(stats.values) == {"activation_variance"}
-    assert recorder.tap.with_gradients is False
+    assert recorder.collector.with_gradients is False
     assert not any(recorder.norms.packed())
 
 
 def test_an_unfinished_step_leaves_nothing() -> None:
     network, (x, y) = mlp(), batch()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
-    recorder.tap.attach()
+    recorder.collector.attach()
     network(x * 100).sum().backward()  # and then the run skipped the rest of the batch
     recorder.before_step(network.parameters())
     stats = measure(recorder, network, x, y)
@@ -162,9 +162,9 @@ def test_widths_that_never_come_again_are_forgotten() -> None:
 @pytest.mark.parametrize(
     ("target", "where"),
     [
-        ("lightning_init.monitor.tap.observe", "hook on layer '0'"),
-        ("lightning_init.monitor.layout.Layout.pack", "packing"),
-        ("lightning_init.monitor.norms.Norms.packed", "packing"),
+        ("lightning_init.monitor.tap.moments_of", "hook on layer '0'"),
+        ("lightning_init.monitor.layout.VectorLayout.pack", "packing"),
+        ("lightning_init.monitor.norms.ParameterNorms.packed", "packing"),
     ],
 )
 @pytest.mark.parametrize("healthy_steps", [0, 1])
@@ -181,7 +181,7 @@ def test_a_fault_ends_it_with_its_cause(
 
     monkeypatch.setattr(target, broken)
     assert measure(recorder, network, *batch()) is None
-    assert recorder.off == f"rank 0: {where}: RuntimeError: no such thing"
+    assert recorder.disabled_reason == f"rank 0: {where}: RuntimeError: no such thing"
     monkeypatch.undo()
     assert measure(recorder, network, *batch()) is None
 
@@ -202,5 +202,5 @@ def test_one_process_is_all_ranks() -> None:
     ranks.reduce_(vector)
     ranks.reduce_(vector, maximum=True)
     assert vector.tolist() == [1.0, 2.0]
-    assert ranks.gathered("hello") == ["hello"]
+    assert ranks.all_gather_object("hello") == ["hello"]
     assert ranks.world_size() == 1

@@ -60,7 +60,7 @@ def test_every_parameter_is_in_it_exactly_once(report: InitReport) -> None:
     assert len(report.drawn) + len(report.left_alone) == len(names)
     for entry in report.drawn:
         assert entry.scheme
-        assert entry.rule
+        assert entry.decided_by
         assert entry.target_std is not None
         assert entry.measured_std is not None
     for entry in report.left_alone:
@@ -73,7 +73,7 @@ def test_it_says_what_was_measured() -> None:
     report = initialize(model, "he_normal", seed=4)
     weight = report["0.weight"]
     assert (weight.module_type, weight.shape, weight.dtype) == ("Linear", (40, 50), "float32")
-    assert (weight.rule, weight.scheme, weight.gain) == ("scheme", "he_normal", math.sqrt(2))
+    assert (weight.decided_by, weight.scheme, weight.gain) == ("scheme", "he_normal", math.sqrt(2))
     assert (weight.fans, weight.target_std) == ((50, 40), pytest.approx(0.2))
     assert weight.measured_std == pytest.approx(model[0].weight.square().mean().sqrt().item(), rel=1e-6)
     assert (report["0.bias"].scheme, report["0.bias"].gain) == ("zeros", None)
@@ -246,7 +246,17 @@ def test_there_and_back_through_json(report: InitReport) -> None:
     for plain, entry in zip(there["entries"], report.entries, strict=True):
         assert list(plain) == fields
         assert plain["shape"] == list(entry.shape)
-        for name in ("name", "module_type", "dtype", "rule", "scheme", "gain", "target_std", "measured_std", "reason"):
+        for name in (
+            "name",
+            "module_type",
+            "dtype",
+            "decided_by",
+            "scheme",
+            "gain",
+            "target_std",
+            "measured_std",
+            "reason",
+        ):
             assert plain[name] == getattr(entry, name)
     table = next(plain for plain in there["entries"] if plain["name"] == "all.transformer.positions.weight")
     assert table["fans"] == {"fan_in": 1.0, "fan_out": None}  # a lookup has no gradient to hand on

@@ -178,23 +178,27 @@ def test_a_module_may_say_what_its_inner_modules_parameters_are() -> None:
     register(Gated, "gate.weight", Fans(6, 4))
     model = nn.Sequential(Gated(), nn.Linear(3, 4))
     for built in (model, torch.compile(model, backend="eager")):
-        plans = {step.name: step for step in plan(built)}  # type: ignore[arg-type]
+        plans = {assignment.name: assignment for assignment in plan(built)}  # type: ignore[arg-type]
         assert plans["0.gate.bias"].reason == "kept: registered so"
         assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)  # type: ignore[arg-type]
         assert plans["0.other.bias"].scheme == plans["1.bias"].scheme == "zeros"
         assert plans["0.other.weight"].fans == plans["1.weight"].fans == (3, 4)
     register(nn.Sequential, "*.gate.bias", "bias")  # the outermost knows best
-    assert {step.name: step for step in plan(model)}["0.gate.bias"].scheme == "zeros"
+    assert {assignment.name: assignment for assignment in plan(model)}["0.gate.bias"].scheme == "zeros"
     register(Gated, "*", "keep")
-    assert {step.name: step for step in plan(model)}["0.other.bias"].scheme == "zeros"
+    assert {assignment.name: assignment for assignment in plan(model)}["0.other.bias"].scheme == "zeros"
 
 
 def test_what_is_registered_to_be_kept_yields_to_a_rule_that_says_everything() -> None:
     register(Gated, "gate.bias", "keep")
-    (step,) = [step for step in plan(Gated(), rules=[Rule("gate.bias", "ones")]) if step.name == "gate.bias"]
-    assert (step.rule, step.scheme) == ("gate.bias", "ones")
-    (step,) = [step for step in plan(Gated(), rules=[Rule("gate.*", "ones")]) if step.name == "gate.bias"]
-    assert step.reason == "kept: registered so"
+    (assignment,) = [
+        assignment for assignment in plan(Gated(), rules=[Rule("gate.bias", "ones")]) if assignment.name == "gate.bias"
+    ]
+    assert (assignment.decided_by, assignment.scheme) == ("gate.bias", "ones")
+    (assignment,) = [
+        assignment for assignment in plan(Gated(), rules=[Rule("gate.*", "ones")]) if assignment.name == "gate.bias"
+    ]
+    assert assignment.reason == "kept: registered so"
 
 
 @pytest.mark.parametrize(

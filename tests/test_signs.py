@@ -40,8 +40,8 @@ def trained(
     """Real steps on real digits, 32 a batch; AdamW with a learning rate of 1e-3 unless said otherwise."""
     optimizer = (make_optimizer or partial(torch.optim.AdamW, lr=1e-3))(model.parameters())
     pixels, classes = digits()
-    for step in range(steps):
-        batch = slice(32 * step % 1600, 32 * step % 1600 + 32)
+    for assignment in range(steps):
+        batch = slice(32 * assignment % 1600, 32 * assignment % 1600 + 32)
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -34,9 +34,9 @@ class Squared(nn.Module):
         return stored.square()
 
 
-def parametrized(step: nn.Module) -> nn.Module:
+def parametrized(assignment: nn.Module) -> nn.Module:
     layer = nn.Linear(WIDTH, WIDTH)
-    parametrize.register_parametrization(layer, "weight", step)
+    parametrize.register_parametrization(layer, "weight", assignment)
     return layer
 
 
@@ -204,7 +204,7 @@ def test_a_tied_table_is_drawn_once_for_the_head_with_its_padding_row_zero(fitte
     assert (words[0] == 0).all()
     std = words[1:].std().item()
     assert std == pytest.approx(WIDTH**-0.5, rel=5 / (2 * 19 * WIDTH) ** 0.5)
-    assert fitted.report["network.head.weight"].rule == "tied head"
+    assert fitted.report["network.head.weight"].decided_by == "tied head"
 
 
 def test_the_layers_that_torch_copied_become_different(fitted: Fitted) -> None:

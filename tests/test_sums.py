@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_init import _sums, moments
-from lightning_init.moments import Moments, observe, signal_variance, variance
+from lightning_init.moments import Moments, moments_of, signal_variance, variance
 
 WORST = 7e-6
 """A block loses 1e-6 of Σd² where every rounding goes one way, and keeps its sums only if a quarter of that is spread;
@@ -128,7 +128,7 @@ def test_dimensions_of_one_have_any_stride() -> None:
 def test_what_cannot_be_read_from_memory_is_left(values: Tensor) -> None:
     assert moments._in_one_pass(values, 1) is None
     if not values.is_meta:
-        assert observe(values, 1).squares == values.detach().double().square().sum().item()
+        assert moments_of(values, 1).squares == values.detach().double().square().sum().item()
 
 
 @pytest.mark.usefixtures("_threads")
@@ -212,12 +212,12 @@ def test_equal_blocks_add_up() -> None:
 def test_memory_is_written_over_only_if_it_fits() -> None:
     values = torch.ones(4, 3)
     own = torch.empty(3, dtype=torch.float64)
-    assert observe(values, 1, own).sums is own
+    assert moments_of(values, 1, own).sums is own
     for other in (torch.zeros(2, dtype=torch.float64), torch.zeros(3), own.to("meta"), 1.0):
-        found = observe(values, 1, other).sums
+        found = moments_of(values, 1, other).sums
         assert found is not other
         assert torch.equal(torch.as_tensor(found), torch.full((3,), 4.0, dtype=torch.float64))
-    scalar = observe(torch.tensor(2.0), 0)
+    scalar = moments_of(torch.tensor(2.0), 0)
     assert torch.equal(torch.as_tensor(scalar.sums), torch.tensor([2.0], dtype=torch.float64))
 
 

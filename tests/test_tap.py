@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_init.moments import signal_variance, variance
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.stats import DEFAULT_STATS
-from lightning_init.monitor.tap import Record, Tap
+from lightning_init.monitor.tap import ActivationCollector, LayerRecord
 from tests.oracle import Watched
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -29,18 +29,18 @@ def fail(name: str, error: Exception) -> None:
     raise AssertionError(name) from error
 
 
-def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, Record]:
+def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, LayerRecord]:
     """Forward and backward under the tap, in the order a Trainer does it."""
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     value = sum(loss(network, x) for x in inputs)
     tap.gradient_factor = factor
     value.backward()  # type: ignore[union-attr]
     tap.detach()
-    return tap.empty()
+    return tap.drain()
 
 
-def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squared) -> dict[str, Record]:
+def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squared) -> dict[str, LayerRecord]:
     """Compare with outputs and gradients kept whole in a float64 copy."""
     slow = copy.deepcopy(network).double()
     records = tapped(network, *inputs, loss=loss)
@@ -147,28 +147,28 @@ def test_only_the_announced_backward_counts() -> None:
     assert records["0"].gradients is not None
     assert records["0"].gradients.n == 8 * 6
 
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     squared(network, torch.randn(8, 6)).backward()  # nobody announced it
-    assert tap.strays == 3
-    assert all(record.gradients is None for record in tap.empty().values())
-    assert tap.strays == 0
+    assert tap.unannounced_gradients == 3
+    assert all(record.gradients is None for record in tap.drain().values())
+    assert tap.unannounced_gradients == 0
     tap.detach()
 
 
 def test_only_what_counts_counts() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     counts = False
     tap.attach(lambda: counts)
     network(torch.randn(8, 6))
-    assert tap.empty() == {}
+    assert tap.drain() == {}
     counts = True
     network(torch.randn(8, 6))
-    assert list(tap.empty()) == ["0", "1"]
+    assert list(tap.drain()) == ["0", "1"]
     tap.detach()
     network(torch.randn(8, 6))
-    assert tap.empty() == {}
+    assert tap.drain() == {}
 
 
 def test_gradients_are_scaled_and_can_be_left_out() -> None:
@@ -178,11 +178,11 @@ def test_gradients_are_scaled_and_can_be_left_out() -> None:
     assert one is not None
     assert quarter is not None
     assert float(variance(quarter)) == pytest.approx(float(variance(one)) / 16, rel=1e-12)
-    tap = Tap(find_layers(network), ["activation_variance"], on_fault=fail)
+    tap = ActivationCollector(find_layers(network), ["activation_variance"], on_fault=fail)
     tap.attach()
     tap.gradient_factor = 1.0
     squared(network, x).backward()
-    assert tap.empty()["0"].gradients is None
+    assert tap.drain()["0"].gradients is None
     tap.detach()
 
 

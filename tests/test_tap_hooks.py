@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.stats import DEFAULT_STATS
-from lightning_init.monitor.tap import Tap, in_backward_pass
+from lightning_init.monitor.tap import ActivationCollector, in_backward_pass
 from tests.test_tap import fail, squared
 
 
 def test_activations_are_let_go() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     kept: list[weakref.ref[Tensor]] = []
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
@@ -36,13 +36,15 @@ def test_activations_are_let_go() -> None:
 def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[tuple[str, str]] = []
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error))))
+    tap = ActivationCollector(
+        find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error)))
+    )
     tap.attach()
 
     def broken(*args: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("lightning_init.monitor.tap.observe", broken)
+    monkeypatch.setattr("lightning_init.monitor.tap.moments_of", broken)
     network(torch.randn(8, 6))
     assert faults == [("0", "broken"), ("1", "broken")]
     tap.detach()
@@ -50,7 +52,7 @@ def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.Mon
 
 def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     buffer = io.BytesIO()
     torch.save(network, buffer)
@@ -59,9 +61,9 @@ def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     x = torch.randn(8, 6)
     for twin in twins:
         assert torch.equal(twin(x), network[1](network[0](x)))
-        tap.empty()
+        tap.drain()
         twin(x).sum().backward()
-        assert tap.empty() == {}
+        assert tap.drain() == {}
     tap.detach()
     assert not any(module._forward_hooks for module in network.modules())
 
@@ -94,12 +96,12 @@ def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
     """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
     torch.manual_seed(0)
     network = nn.Sequential(Parts())
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     chosen = network(torch.randn(4, 2, 6))[part]
     tap.gradient_factor = 1.0
     chosen.square().sum().backward()
-    (record,) = tap.empty().values()
+    (record,) = tap.drain().values()
     tap.detach()
     assert (record.gradients is not None) == reached
     assert not tap.partial
@@ -114,13 +116,13 @@ def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
     network = nn.Sequential(nn.Linear(6, 6))
     found = []
     for factor in (1.0, 10.0):
-        tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+        tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
         tap.attach()
         output = network(torch.ones(*shape))
         output.register_hook(lambda gradient, factor=factor: gradient * factor)
         tap.gradient_factor = 1.0
         output.square().sum().backward()
-        (record,) = tap.empty().values()
+        (record,) = tap.drain().values()
         assert record.gradients is not None
         found.append(record.gradients.squares)
         tap.detach()
@@ -130,7 +132,7 @@ def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
 def test_an_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
     """A hook on that tensor would end the process."""
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
     output = checkpoint(network[1], network[0](torch.randn(4, 6)).view(-1, 6), use_reentrant=True)
     with pytest.raises(RuntimeError, match="in-place operation"):

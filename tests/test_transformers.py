@@ -127,7 +127,7 @@ def test_norms_of_every_library_are_known(name: str) -> None:
     model = fresh(name)
     types = {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__}
     assert types
-    assert types <= {entry.module_type for entry in initialize(model).drawn if entry.rule == "norm"}
+    assert types <= {entry.module_type for entry in initialize(model).drawn if entry.decided_by == "norm"}
 
 
 def test_it_trains_from_what_was_drawn(name: str) -> None:

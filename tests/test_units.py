@@ -7,16 +7,16 @@ from torch import nn
 
 from lightning_init.monitor.layers import find_layers
 from lightning_init.monitor.stats import DEFAULT_STATS
-from lightning_init.monitor.tap import Tap
+from lightning_init.monitor.tap import ActivationCollector
 from tests.test_tap import fail
 
 
 def test_an_activation_without_predecessor_learns_nothing_from_the_batch_before() -> None:
     """The Linear's three units are as many as the ReLU's input has rows: the last layer to run, but a batch ago."""
     network = nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
-    tap = Tap(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     for _ in range(2):
         tap.attach()
         network(torch.ones(3, 5))
         tap.detach()
-        assert {name: list(record.outputs) for name, record in tap.empty().items()} == {"0": [5], "1": [3]}
+        assert {name: list(record.outputs) for name, record in tap.drain().items()} == {"0": [5], "1": [3]}

@@ -20,28 +20,28 @@ from lightning_init.initialization.role import Role
 from lightning_init.initialization.roles import role_of
 from lightning_init.initialization.structured import Matrix, Orthogonal
 from lightning_init.initialization.values import (
-    PLAIN,
+    GENERIC_ROLE,
+    DrawChunk,
     Measured,
-    Slice,
     block_jobs,
-    canary,
+    chunks_of,
+    draw_full,
     matrix_of,
     measure,
-    slices_of,
-    whole,
+    stream_fingerprint,
 )
-from lightning_init.initialization.window import window_of
+from lightning_init.initialization.window import local_shard_of
 
 
-def part(values: Distribution | Orthogonal, count: int, start: int = 0, key: Key = Key(0, "w")) -> Slice:  # noqa: B008
-    return Slice(start, start + count, values, 1.0, key)
+def part(values: Distribution | Orthogonal, count: int, start: int = 0, key: Key = Key(0, "w")) -> DrawChunk:  # noqa: B008
+    return DrawChunk(start, start + count, values, 1.0, key)
 
 
-def filled_by_blocks(piece: Slice, out: Tensor) -> Measured:
+def filled_by_blocks(piece: DrawChunk, out: Tensor) -> Measured:
     """Fill a plain tensor block by block, last block first."""
-    window = window_of(out)
+    shard = local_shard_of(out)
     measured = Measured()
-    for job in reversed(list(block_jobs(piece, window, window.local.view(-1)))):
+    for job in reversed(list(block_jobs(piece, shard, shard.local.view(-1)))):
         measured += job()
     return measured
 
@@ -56,7 +56,7 @@ def test_block_by_block_is_the_plain_way(distribution: Distribution, count: int,
     piece = part(distribution, count)
     out = torch.full((count,), math.nan, dtype=dtype)
     measured = filled_by_blocks(piece, out)
-    expected = whole(piece, (count,), None, dtype)
+    expected = draw_full(piece, (count,), None, dtype)
     assert expected.dtype == torch.float32
     assert torch.equal(out, expected.to(dtype))
     reference = measure(expected.to(dtype), distribution)
@@ -80,15 +80,15 @@ def test_a_slice_is_the_same_wherever_it_starts(start: int) -> None:
 def test_every_gate_has_a_chunk_and_a_stream() -> None:
     lstm = nn.LSTM(3, 5)
     step = next(step for step in plan(lstm) if step.name == "weight_hh_l0")
-    parts = slices_of(step, 9, 100)
+    parts = chunks_of(step, 9, 100)
     assert [(p.start, p.stop) for p in parts] == [(0, 25), (25, 50), (50, 75), (75, 100)]
     assert [p.key for p in parts] == [Key(9, "weight_hh_l0", gate) for gate in "ifgo"]
-    assert len({canary(p) for p in parts}) == 4
+    assert len({stream_fingerprint(p) for p in parts}) == 4
 
 
 def test_a_parameter_in_one_piece_has_a_nameless_part() -> None:
     (step,) = plan(nn.Linear(4, 6, bias=False))
-    assert slices_of(step, 1, 24) == [Slice(0, 24, step.values[0], step.gain, Key(1, "weight", ""))]
+    assert chunks_of(step, 1, 24) == [DrawChunk(0, 24, step.initializers[0], step.gain, Key(1, "weight", ""))]
 
 
 @given(
@@ -148,7 +148,7 @@ def test_what_a_parametrization_transforms_stays_transformed() -> None:
 @pytest.mark.parametrize("distribution", [Normal(0.5), Uniform(-1.0, 3.0), TruncatedNormal(0.1, mean=2.0)], ids=repr)
 def test_complex_numbers_have_this_std_around_the_mean(distribution: Distribution) -> None:
     count = 1 << 16
-    values = whole(part(distribution, count), (count,), None, torch.complex64)
+    values = draw_full(part(distribution, count), (count,), None, torch.complex64)
     assert values.dtype == torch.complex64
     around = values.numpy().astype(np.complex128) - distribution.target_mean
     std = distribution.target_std
@@ -164,13 +164,13 @@ def test_complex_numbers_have_this_std_around_the_mean(distribution: Distributio
 
 
 def test_complex_halves_keep_the_shape() -> None:
-    values = whole(part(Normal(), 1 << 14), (1 << 14,), None, torch.complex64)
+    values = draw_full(part(Normal(), 1 << 14), (1 << 14,), None, torch.complex64)
     for half in (values.real, values.imag):
         assert stats.kstest(half.numpy() * math.sqrt(2), "norm").pvalue > 1e-6
 
 
 def test_a_complex_constant_is_real() -> None:
-    assert torch.equal(whole(part(Constant(2.0), 4), (2, 2), None, torch.complex64), torch.full((2, 2), 2 + 0j))
+    assert torch.equal(draw_full(part(Constant(2.0), 4), (2, 2), None, torch.complex64), torch.full((2, 2), 2 + 0j))
 
 
 @pytest.mark.parametrize(
@@ -193,31 +193,34 @@ def test_rows_are_outputs_and_columns_inputs(module: nn.Module, attribute: str, 
 def test_a_vector_is_no_matrix(shape: tuple[int, ...]) -> None:
     message = rf"^a structured scheme needs a weight of two or more dimensions, got shape {shape}$".replace("(", r"\(")
     with pytest.raises(ValueError, match=message.replace(")", r"\)")):
-        matrix_of(shape, PLAIN)
+        matrix_of(shape, GENERIC_ROLE)
 
 
 def test_an_unknown_parameter_is_one_matrix() -> None:
-    assert matrix_of((4, 3), PLAIN) == Matrix(4, 3)
-    assert whole(part(Orthogonal(), 12), (4, 3), None, torch.float32).shape == (4, 3)
+    assert matrix_of((4, 3), GENERIC_ROLE) == Matrix(4, 3)
+    assert draw_full(part(Orthogonal(), 12), (4, 3), None, torch.float32).shape == (4, 3)
 
 
 def test_groups_have_streams_of_their_own() -> None:
     role = role_of(nn.Conv1d(4, 8, 3, groups=2), "weight")
-    both = whole(part(Orthogonal(), 48), (8, 2, 3), role, torch.float32)
+    both = draw_full(part(Orthogonal(), 48), (8, 2, 3), role, torch.float32)
     first, second = both.chunk(2)
     assert not torch.equal(first, second)
     alone = Role("weight", Normal(), role.fans) if role else None
-    assert torch.equal(first, whole(part(Orthogonal(), 24, key=Key(0, "w", "/0")), (4, 2, 3), alone, torch.float32))
+    assert torch.equal(first, draw_full(part(Orthogonal(), 24, key=Key(0, "w", "/0")), (4, 2, 3), alone, torch.float32))
 
 
 @pytest.mark.parametrize("values", [Normal(), Uniform(0, 1), Orthogonal()], ids=repr)
 def test_a_canary_knows_its_stream(values: Distribution | Orthogonal) -> None:
-    songs = [canary(part(values, 100, key=key)) for key in (Key(0, "w"), Key(1, "w"), Key(0, "v"), Key(0, "w", "q"))]
+    songs = [
+        stream_fingerprint(part(values, 100, key=key))
+        for key in (Key(0, "w"), Key(1, "w"), Key(0, "v"), Key(0, "w", "q"))
+    ]
     assert len(set(songs)) == 4
-    assert canary(part(values, 7)) == songs[0]  # whatever the size
+    assert stream_fingerprint(part(values, 7)) == songs[0]  # whatever the size
 
 
 def test_a_canary_knows_its_distribution() -> None:
     make: list[Callable[[], Distribution]] = [lambda: Normal(), lambda: Normal(2.0), lambda: Uniform(0, 1)]
-    assert len({canary(part(distribution(), 100)) for distribution in make}) == 3
-    assert canary(part(Normal(), 100)) == measure(draw_all(Normal(), Key(0, "w"), 16), Normal()).checksum
+    assert len({stream_fingerprint(part(distribution(), 100)) for distribution in make}) == 3
+    assert stream_fingerprint(part(Normal(), 100)) == measure(draw_all(Normal(), Key(0, "w"), 16), Normal()).checksum

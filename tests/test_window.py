@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_init.initialization.draw import Block
-from lightning_init.initialization.window import Window, _flat_positions, window_of
+from lightning_init.initialization.window import LocalShard, _flat_positions, local_shard_of
 
 from .sharded import as_rank
 
@@ -52,13 +52,13 @@ def sharded(shape: tuple[int, ...], mesh: DeviceMesh, placements: list[Placement
     return distribute_tensor(numbered(shape), mesh, placements, src_data_rank=None)
 
 
-def positions_found(window: Window, block: Block) -> tuple[Tensor, Tensor]:
+def positions_found(shard: LocalShard, block: Block) -> tuple[Tensor, Tensor]:
     """For one block: the local elements that ``overlap`` says it fills, and with which of its own elements."""
-    overlap = window.overlap(block)
+    overlap = shard.overlap(block)
     if overlap is None:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     where, which = overlap
-    return window.local.flatten()[where], torch.arange(block.start, block.stop)[which]
+    return shard.local.flatten()[where], torch.arange(block.start, block.stop)[which]
 
 
 @given(
@@ -79,12 +79,12 @@ def test_a_window_is_what_dtensor_holds(
     whole = sharded(shape, mesh, placements)
     held = whole.to_local().flatten()
 
-    window = window_of(whole)
+    shard = local_shard_of(whole)
 
-    assert window.whole_shape == shape
-    assert window.is_sharded == any(not isinstance(placement, Replicate) for placement in placements)
-    assert torch.equal(window.take(numbered(shape)), held)
-    local, of_block = positions_found(window, Block(start, start + length, 0))
+    assert shard.whole_shape == shape
+    assert shard.is_sharded == any(not isinstance(placement, Replicate) for placement in placements)
+    assert torch.equal(shard.take(numbered(shape)), held)
+    local, of_block = positions_found(shard, Block(start, start + length, 0))
     assert torch.equal(local, of_block)  # elements are their own positions: what is filled is what is drawn
     assert torch.equal(local, held[(held >= start) & (held < start + length)])
 
@@ -93,20 +93,20 @@ def test_rows_are_consecutive_and_need_no_list(mesh: DeviceMesh) -> None:
     """Shard(0), the common case, holds one range: no memory for positions."""
     for layout in LAYOUTS[tuple(mesh.shape)]:
         if all(getattr(placement, "dim", 0) == 0 for placement in layout):
-            assert window_of(sharded((9, 5), mesh, layout)).positions is None
+            assert local_shard_of(sharded((9, 5), mesh, layout)).positions is None
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (4, 3)])
 def test_a_plain_tensor_is_whole(shape: tuple[int, ...]) -> None:
-    window = window_of(numbered(shape))
-    assert (window.whole_shape, window.offset, window.positions, window.is_sharded) == (shape, 0, None, False)
-    assert torch.equal(window.take(numbered(shape)), numbered(shape).flatten())
+    shard = local_shard_of(numbered(shape))
+    assert (shard.whole_shape, shard.offset, shard.positions, shard.is_sharded) == (shape, 0, None, False)
+    assert torch.equal(shard.take(numbered(shape)), numbered(shape).flatten())
 
 
 def test_a_scalar_on_many_ranks() -> None:
     with as_rank(1, (2,)) as mesh:
-        window = window_of(distribute_tensor(torch.tensor(3.0), mesh, [Replicate()], src_data_rank=None))
-    assert window.overlap(Block(0, 10, 0)) == (slice(0, 1), slice(0, 1))
+        shard = local_shard_of(distribute_tensor(torch.tensor(3.0), mesh, [Replicate()], src_data_rank=None))
+    assert shard.overlap(Block(0, 10, 0)) == (slice(0, 1), slice(0, 1))
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
@@ -116,9 +116,9 @@ def test_the_local_tensor_is_the_parameters_own_memory(is_sharded: bool) -> None
         parameter = nn.Parameter(
             distribute_tensor(weight, mesh, [Shard(0)], src_data_rank=None) if is_sharded else weight
         )
-        window = window_of(parameter)
-        assert not window.local.requires_grad
-        window.local.fill_(7.0)
+        shard = local_shard_of(parameter)
+        assert not shard.local.requires_grad
+        shard.local.fill_(7.0)
         held = parameter.to_local() if isinstance(parameter.data, DTensor) else parameter
         assert (held == 7).all()
 
@@ -129,14 +129,14 @@ def test_partial_sums_are_refused() -> None:
         with pytest.raises(
             ValueError, match=r"^a parameter with partial placements .*Partial.* cannot be initialised$"
         ):
-            window_of(partial)
+            local_shard_of(partial)
 
 
 def test_a_block_beside_the_window_has_nothing_here() -> None:
-    window = Window(torch.zeros(10), torch.Size([100]), offset=20)
-    assert window.overlap(Block(0, 20, 0)) is None
-    assert window.overlap(Block(30, 40, 1)) is None
-    assert window.overlap(Block(15, 25, 2)) == (slice(0, 5), slice(5, 10))
+    shard = LocalShard(torch.zeros(10), torch.Size([100]), offset=20)
+    assert shard.overlap(Block(0, 20, 0)) is None
+    assert shard.overlap(Block(30, 40, 1)) is None
+    assert shard.overlap(Block(15, 25, 2)) == (slice(0, 5), slice(5, 10))
 
 
 def test_positions_out_of_order_are_refused() -> None:

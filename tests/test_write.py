@@ -21,7 +21,7 @@ from lightning_init.initialization.draw import Block
 from lightning_init.initialization.initialize import initialize
 from lightning_init.initialization.plan import make_plan
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.values import Measured, slices_of, whole
+from lightning_init.initialization.values import Measured, chunks_of, draw_full
 from lightning_init.initialization.write import write_all
 
 from .sharded import as_rank
@@ -33,10 +33,10 @@ def plain(model: nn.Module, scheme: str | Scheme, seed: int = 3) -> Mapping[str,
     """The slow way: all values of all slices of each parameter, one after the other, in float32 or complex64."""
     expected = {}
     for step in make_plan(model, Request.of(scheme)):
-        shape = step.place.parameter.shape
-        parts = slices_of(step, seed, shape.numel())
+        shape = step.site.parameter.shape
+        parts = chunks_of(step, seed, shape.numel())
         chunk = (shape[0] // len(parts), *shape[1:]) if shape else ()
-        pieces = [whole(part, chunk, step.role, step.place.parameter.dtype) for part in parts]
+        pieces = [draw_full(part, chunk, step.role, step.site.parameter.dtype) for part in parts]
         expected[step.name] = torch.cat(pieces) if shape else pieces[0]
     return expected
 

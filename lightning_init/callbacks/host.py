@@ -63,7 +63,7 @@ def watch_for_meta(module: LightningModule) -> None:
     module.to_empty = functools.partial(_noted_to_empty, module)  # type: ignore[method-assign]
 
 
-def came_from_meta(module: LightningModule) -> bool:
+def end_meta_watch(module: LightningModule) -> bool:
     """Whether :func:`watch_for_meta` saw memory being given; ends the watch."""
     module.__dict__.pop("to_empty", None)
     return bool(module.__dict__.pop("_came_from_meta", False))

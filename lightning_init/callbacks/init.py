@@ -13,15 +13,15 @@ from rich.console import Console
 
 from lightning_init.callbacks import host
 from lightning_init.checks import check_choice
-from lightning_init.initialization.agreement import ask_all_ranks
+from lightning_init.initialization.agreement import all_gather_object
 from lightning_init.initialization.distributions import Scheme
 from lightning_init.initialization.initialize import carry_out
-from lightning_init.initialization.plan import UNKNOWN, make_plan
+from lightning_init.initialization.plan import MODULE_TYPE_UNKNOWN, make_plan
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.schemes import SchemeName
 from lightning_init.initialization.signs import signs_of_training
-from lightning_init.initialization.write import whole_parameters
+from lightning_init.initialization.write import summon_fsdp1_parameters
 
 When = Literal["fresh", "always"]
 
@@ -84,14 +84,14 @@ class InitCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
-        came_from_meta = host.came_from_meta(pl_module)
+        end_meta_watch = host.end_meta_watch(pl_module)
         if self._when == "fresh":
             if self._is_settled(pl_module) or host.restores_weights_before_fit_start(trainer):
                 self._settle(pl_module)
                 return
-            if not came_from_meta:
+            if not end_meta_watch:
                 self._refuse_trained(pl_module)
-        if came_from_meta:
+        if end_meta_watch:
             self._refuse_unknown(pl_module)
         self._last_seed = self._agreed_seed(trainer)
         self.report = carry_out(pl_module, self._request, self._last_seed)
@@ -101,11 +101,11 @@ class InitCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module, also where fit never started."""
-        host.came_from_meta(pl_module)
+        host.end_meta_watch(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which does not run then."""
-        host.came_from_meta(pl_module)
+        host.end_meta_watch(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Weights that come from a checkpoint stay."""
@@ -132,9 +132,9 @@ class InitCallback(Callback):
 
     def _refuse_trained(self, module: LightningModule) -> None:
         """Raise on every rank if one of them finds signs of training in what it holds."""
-        with whole_parameters(module):
+        with summon_fsdp1_parameters(module):
             found = signs_of_training(make_plan(module, self._request), module)
-        signs = list(dict.fromkeys(sign for rank in ask_all_ranks(found) for sign in rank))
+        signs = list(dict.fromkeys(sign for rank in all_gather_object(found) for sign in rank))
         if not signs:
             return
         shown = "\n".join(f"  {sign}" for sign in signs[:5])
@@ -147,8 +147,10 @@ class InitCallback(Callback):
 
     def _refuse_unknown(self, module: LightningModule) -> None:
         """Raise where memory that never held a value would be trained."""
-        unknown = [step for step in make_plan(module, self._request) if step.reason == UNKNOWN]
-        empty = [step for step in unknown if not hasattr(step.place.module, "reset_parameters")]
+        unknown = [
+            assignment for assignment in make_plan(module, self._request) if assignment.reason == MODULE_TYPE_UNKNOWN
+        ]
+        empty = [assignment for assignment in unknown if not hasattr(assignment.site.module, "reset_parameters")]
         if empty:
             raise ValueError(
                 f"{empty[0].name!r} comes from the meta device and holds uninitialised memory: its module type is "

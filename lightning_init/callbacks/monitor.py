@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_init.callbacks import loop
-from lightning_init.callbacks.run import Run
+from lightning_init.callbacks.run import FitSession
 from lightning_init.checks import check_list
 from lightning_init.monitor.board import Board
 from lightning_init.monitor.layers import find_layers, select_layers
@@ -25,7 +25,7 @@ P = ParamSpec("P")
 
 
 def _harmless(
-    method: Callable[Concatenate[ActivationVarianceMonitor, Run, P], None],
+    method: Callable[Concatenate[ActivationVarianceMonitor, FitSession, P], None],
 ) -> Callable[Concatenate[ActivationVarianceMonitor, P], None]:
     """Hand the run to ``method``; training goes on whatever happens in there.
 
@@ -35,7 +35,7 @@ def _harmless(
     @wraps(method)
     def guarded(self: ActivationVarianceMonitor, *args: P.args, **kwargs: P.kwargs) -> None:
         run = self._run
-        if run is None or run.recorder.off:
+        if run is None or run.recorder.disabled_reason:
             return
         try:
             method(self, run, *args, **kwargs)
@@ -111,7 +111,7 @@ class ActivationVarianceMonitor(Callback):
         self.layers = layers
         self.stats = chosen_stats(stats)
         self._latest: dict[str, float] = {}
-        self._run: Run | None = None
+        self._run: FitSession | None = None
 
     @property
     def latest(self) -> dict[str, float]:
@@ -131,14 +131,14 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._run = Run(Recorder([], self.stats, device), interval)
+            self._run = FitSession(Recorder([], self.stats, device), interval)
             self._run.recorder.fail("finding the layers", error)
         else:
-            self._run = Run(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+            self._run = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
 
     @_harmless
     def on_train_batch_start(
-        self, run: Run, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to listen if this micro-batch belongs to a logged step."""
         run.stop_listening()
@@ -146,50 +146,50 @@ class ActivationVarianceMonitor(Callback):
         if step % run.interval:
             run.step = None
             return
-        run.stepped, begins = False, step != run.step
+        run.gradients_taken, begins = False, step != run.step
         run.step = step  # before anything can fail: a rank that fails still comes to the exchange
         if begins:
             run.recorder.start()
-        if run.recorder.fault is None:
+        if run.recorder.local_error is None:
             run.listen(pl_module)
 
     @_harmless
-    def on_before_backward(self, run: Run, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, run: FitSession, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """From the loss on, gradients count. The forward pass is over, unless the user decides when."""
         run.backward_announced = True
         if run.listening:
             run.forward_open = not pl_module.automatic_optimization
             scale = loop.loss_scale(trainer)
             share = 1.0 / loop.data_parallel_size(trainer)
-            run.recorder.tap.gradient_factor = share if scale is None else share / scale
+            run.recorder.collector.gradient_factor = share if scale is None else share / scale
 
     @_harmless
-    def on_after_backward(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_after_backward(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gradients of other backward passes are not the loss's."""
-        run.recorder.tap.gradient_factor = None
+        run.recorder.collector.gradient_factor = None
 
     @_harmless
     def on_before_optimizer_step(
-        self, run: Run, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Gradients are accumulated, averaged and unscaled now, and not yet clipped."""
-        if run.step is None or run.stepped:
+        if run.step is None or run.gradients_taken:
             return
-        run.stepped = pl_module.automatic_optimization  # LBFGS evaluates again: its first evaluation counts
-        run.listening = not run.stepped
+        run.gradients_taken = pl_module.automatic_optimization  # LBFGS evaluates again: its first evaluation counts
+        run.listening = not run.gradients_taken
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def unscaling() -> float | Tensor:
             scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
             return 1.0 if scale is None else 1.0 / scale
 
-        if run.recorder.norms.look_back:
-            run.look_back(optimizer, lambda: run.recorder.after_step(parameters))
+        if run.recorder.norms.needs_post_step:
+            run.after_optimizer_step(optimizer, lambda: run.recorder.after_step(parameters))
         run.recorder.before_step(parameters, unscaling)
 
     @_harmless
     def on_train_batch_end(
-        self, run: Run, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop listening; after the last micro-batch of a logged step, exchange and write."""
         run.stop_listening()
@@ -197,7 +197,7 @@ class ActivationVarianceMonitor(Callback):
         if step != run.step or not loop.step_ends_with_this_batch(trainer):
             return
         run.step = None
-        if run.recorder.tap.strays and not run.backward_announced:
+        if run.recorder.collector.unannounced_gradients and not run.backward_announced:
             run.warn_once(
                 "backward",
                 "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
@@ -208,17 +208,17 @@ class ActivationVarianceMonitor(Callback):
         except Exception as error:
             run.recorder.fail("writing", error)
         # what failed behind the collective is said now, though the other ranks hear of it only at the next one
-        run.report(run.recorder.off or run.recorder.fault)
+        run.report(run.recorder.disabled_reason or run.recorder.local_error)
 
     @_harmless
-    def on_train_epoch_end(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also an epoch that ended in the middle of a batch leaves nothing behind."""
         run.stop_listening()
 
     @_harmless
-    def on_train_end(self, run: Run, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what was left to say, if no further exchange came."""
-        run.report(run.recorder.fault)
+        run.report(run.recorder.local_error)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing stays behind, also where a run ended before it began."""
@@ -237,7 +237,7 @@ class ActivationVarianceMonitor(Callback):
             self._run.stop_listening()
         self._run = None
 
-    def _publish(self, run: Run, trainer: Trainer, stats: LayerStats, step: int) -> None:
+    def _publish(self, run: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         tags = stats.tags
         if loop.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
             run.warn_once(
@@ -255,14 +255,14 @@ class ActivationVarianceMonitor(Callback):
                 run.board = self._new_board(run, trainer)
             run.board.write(tags, step, stats.histograms)
 
-    def _new_board(self, run: Run, trainer: Trainer) -> Board:
+    def _new_board(self, run: FitSession, trainer: Trainer) -> Board:
         if silent := run.recorder.silent_layers:
             run.warn_once(
                 "silent",
                 "saw no output of these layers in the first logged step (not called, or sparse, nested, complex, or "
                 f"under torch.func): {_listed(silent)}.",
             )
-        if partial := run.recorder.tap.partial:
+        if partial := run.recorder.collector.partial:
             run.warn_once("partial", f"leaves out partial sums, which no rank holds whole: {_listed(list(partial))}.")
         board = Board(trainer.loggers)
         board.write_layout(self.stats)

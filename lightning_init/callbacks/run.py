@@ -18,7 +18,7 @@ from lightning_init.monitor.recorder import Recorder
 
 
 @dataclass
-class Run:
+class FitSession:
     """One ``fit``, from ``on_fit_start`` to its end.
 
     Attributes:
@@ -28,7 +28,7 @@ class Run:
         forward_open: whether a forward pass counts, were it the training step's.
         backward_announced: whether Lightning has run a backward pass.
         said: what was warned about.
-        after_step: hooks on optimizers that have not stepped yet.
+        step_handles: hooks on optimizers that have not stepped yet.
     """
 
     recorder: Recorder
@@ -36,44 +36,44 @@ class Run:
     board: Board | None = None
     eager: EagerMoment = field(default_factory=EagerMoment)
     step: int | None = None
-    stepped: bool = False
+    gradients_taken: bool = False
     listening: bool = False
     forward_open: bool = False
     backward_announced: bool = False
-    said: set[str] = field(default_factory=set)
-    after_step: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
+    step_handles: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
 
     def listen(self, module: LightningModule) -> None:
         """Put hooks on the module; compiled code runs as written, or they would not fire."""
         self.listening = self.forward_open = True
         self.eager.start()
-        self.recorder.tap.attach(lambda: self.forward_open and in_training_step(module))
+        self.recorder.collector.attach(lambda: self.forward_open and in_training_step(module))
 
-    def look_back(self, optimizer: Optimizer, look: Callable[[], None]) -> None:
-        """Call ``look`` once, when ``optimizer`` has stepped; gradients are clipped then."""
+    def after_optimizer_step(self, optimizer: Optimizer, action: Callable[[], None]) -> None:
+        """Call ``action`` once, when ``optimizer`` has stepped; gradients are clipped then."""
 
         def after(*args: Any) -> None:
             try:
-                look()
+                action()
             except Exception as error:
                 self.recorder.fail("after the optimizer's step", error)
-            self.after_step.pop(optimizer).remove()
+            self.step_handles.pop(optimizer).remove()
 
-        if optimizer not in self.after_step:
-            self.after_step[optimizer] = optimizer.register_step_post_hook(after)
+        if optimizer not in self.step_handles:
+            self.step_handles[optimizer] = optimizer.register_step_post_hook(after)
 
     def stop_listening(self) -> None:
         """No hook on model or optimizers, and compiled code runs compiled."""
         self.listening = False
-        while self.after_step:
-            self.after_step.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
+        while self.step_handles:
+            self.step_handles.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
         self.eager.stop()
-        self.recorder.tap.detach()
+        self.recorder.collector.detach()
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn on rank zero, unless the topic was warned about."""
-        if topic not in self.said:
-            self.said.add(topic)
+        if topic not in self.warned:
+            self.warned.add(topic)
             rank_zero_warn(f"ActivationVarianceMonitor {message}")
 
     def report(self, fault: str | None) -> None:

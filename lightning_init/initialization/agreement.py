@@ -37,7 +37,7 @@ def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception
     sums = array("d", [number for part in measured for number in (part.squares, part.count, part.is_transformed)])
     fault = "" if failure is None else f"{type(failure).__name__}: {failure}"
     mine = (names_hash, array("q", [part.checksum for part in measured]).tobytes(), sums.tobytes(), fault)
-    every = ask_all_ranks(mine)
+    every = all_gather_object(mine)
     if failure is not None:
         raise failure
     _no_faults([rank[3] for rank in every])
@@ -55,7 +55,7 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def ask_all_ranks(mine: _Answer) -> list[_Answer]:
+def all_gather_object(mine: _Answer) -> list[_Answer]:
     """Every rank's answer, in order of rank; just this one's where there are no others."""
     if not is_distributed():
         return [mine]
@@ -73,7 +73,7 @@ def _no_faults(faults: Sequence[str]) -> None:
 def _same_names(names: Sequence[str], hashes: Sequence[str]) -> None:
     if len(set(hashes)) == 1:
         return
-    theirs = ask_all_ranks(list(names))
+    theirs = all_gather_object(list(names))
     for rank, other in enumerate(theirs):
         if other != theirs[0]:
             only = sorted(set(other) ^ set(theirs[0])) or [a for a, b in zip(other, theirs[0], strict=True) if a != b]

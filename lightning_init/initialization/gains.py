@@ -57,7 +57,7 @@ GATES: Mapping[str, Elementwise] = {
 """Gated linear units by name, each with the f of f(a)·b."""
 
 
-def gain_of(activation: Activation, direction: Direction = "forward", *, q: float = 1.0) -> float:
+def gain_of(activation: Activation, direction: Direction = "forward", *, input_variance: float = 1.0) -> float:
     """Factor by which weights behind ``activation`` must be larger to bring its output back to variance 1.
 
     With z ~ N(0, q): forward 1/√E[f(z)²], backward 1/√E[f′(z)²]. For a gated unit f(a)·b with independent
@@ -68,7 +68,7 @@ def gain_of(activation: Activation, direction: Direction = "forward", *, q: floa
         activation: a name of ``ACTIVATIONS`` or ``GATES``, a module (evaluated on a float64 CPU copy in
             eval mode), or a function that maps a float64 tensor elementwise.
         direction: "forward" keeps the signal, "backward" its gradient.
-        q: variance of what enters the activation.
+        input_variance: q, the variance of what enters the activation.
 
     Raises:
         ValueError: an unknown name or direction; not elementwise; a moment that is 0, infinite or NaN.
@@ -83,16 +83,16 @@ def gain_of(activation: Activation, direction: Direction = "forward", *, q: floa
         He et al. 2015, "Delving deep into rectifiers", equations 10 and 14, for any f in place of ReLU.
     """
     check_choice("direction", direction, get_args(Direction))
-    check_positive("q, a variance,", q)
+    check_positive("input_variance", input_variance)
     if isinstance(activation, str):
-        return _gain_of_name(activation, direction, q)
+        return _gain_of_name(activation, direction, input_variance)
     if isinstance(activation, nn.GLU):
-        return _gain_of_name("glu", direction, q)
-    return _gain(activation, False, direction, q)
+        return _gain_of_name("glu", direction, input_variance)
+    return _gain(activation, False, direction, input_variance)
 
 
 @functools.lru_cache
-def _gain_of_name(name: str, direction: Direction, q: float) -> float:
+def _gain_of_name(name: str, direction: Direction, input_variance: float) -> float:
     """A plan asks for the same few names once per parameter."""
     known = {**ACTIVATIONS, **GATES}
     if name not in known:
@@ -100,12 +100,12 @@ def _gain_of_name(name: str, direction: Direction, q: float) -> float:
             f"activation is {name!r}; allowed: {', '.join(known)}, or a module or function"
             f"{did_you_mean(name.lower(), known)}"
         )
-    return _gain(known[name], name in GATES, direction, q)
+    return _gain(known[name], name in GATES, direction, input_variance)
 
 
-def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, q: float) -> float:
+def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, input_variance: float) -> float:
     """1/√ of the moment that ``direction`` is about."""
-    scale = math.sqrt(q)
+    scale = math.sqrt(input_variance)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         function = _elementwise(activation)
         _check_elementwise(function)
@@ -114,14 +114,16 @@ def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction
         else:
             moment = second_moment(lambda z: _derivatives(function, scale * z))
         if gated:
-            moment *= q  # E[b²]
+            moment *= input_variance  # E[b²]
             if direction == "backward":
                 moment += second_moment(lambda z: _values(function, scale * z))
     if not 0 < moment < math.inf:
         forward = direction == "forward"
         what = "E[f(z)²]" if forward else "E[f′(z)²]"
         hint = "" if forward or moment else " (f is constant, or autograd sees no derivative)"
-        raise ValueError(f"no gain: {what} is {moment} for z of variance {q:g}; it must be finite and above 0{hint}")
+        raise ValueError(
+            f"no gain: {what} is {moment} for z of variance {input_variance:g}; it must be finite and above 0{hint}"
+        )
     return 1 / math.sqrt(moment)
 
 

@@ -17,8 +17,8 @@ from lightning_init.initialization.plan import Assignment, make_plan
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.structured import StructuredScheme
-from lightning_init.initialization.values import PLAIN, Measured, matrix_of, stride_gain
-from lightning_init.initialization.write import whole_parameters, write_all
+from lightning_init.initialization.values import GENERIC_ROLE, Measured, matrix_of, stride_gain
+from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 
 ROUNDING = 1e-4
 """Relative difference of a std that storing values in 16 bits explains."""
@@ -74,7 +74,7 @@ def plan(
 ) -> list[Assignment]:
     """What :func:`initialize` would do to each parameter; touches nothing. Arguments and errors as there.
 
-    >>> [(step.name, step.scheme) for step in plan(nn.Linear(2, 3))]
+    >>> [(assignment.name, assignment.scheme) for assignment in plan(nn.Linear(2, 3))]
     [('weight', 'he_normal'), ('bias', 'zeros')]
     """
     return make_plan(model, Request.of(scheme, rules, activation, bias))
@@ -86,7 +86,7 @@ def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
     assignments: list[Assignment] = []
     measured: list[Measured] = []
     failure: Exception | None = None
-    with whole_parameters(model):
+    with summon_fsdp1_parameters(model):
         try:
             assignments = make_plan(model, request)
             _refuse_meta(assignments)
@@ -99,7 +99,7 @@ def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
 
 
 def _refuse_meta(assignments: Sequence[Assignment]) -> None:
-    on_meta = [step.name for step in assignments if step.place.parameter.is_meta]
+    on_meta = [assignment.name for assignment in assignments if assignment.site.parameter.is_meta]
     if on_meta:
         raise ValueError(
             f"{len(on_meta)} parameters are on the meta device and hold no memory (the first: {on_meta[0]!r}): "
@@ -107,49 +107,49 @@ def _refuse_meta(assignments: Sequence[Assignment]) -> None:
         )
 
 
-def _entry(step: Assignment, measured: Measured) -> Entry:
+def _entry(assignment: Assignment, measured: Measured) -> Entry:
     """The report's line on one parameter."""
-    parameter = step.place.parameter
+    parameter = assignment.site.parameter
     entry = Entry(
-        name=step.name,
-        module_type=step.module_type,
+        name=assignment.name,
+        module_type=assignment.module_type,
         shape=() if is_lazy(parameter) else tuple(parameter.shape),
         dtype=str(parameter.dtype).removeprefix("torch."),
-        rule=step.rule,
-        fans=step.fans,
-        reason=step.reason,
-        advice=step.advice,
+        decided_by=assignment.decided_by,
+        fans=assignment.fans,
+        reason=assignment.reason,
+        advice=assignment.advice,
     )
-    if not step.is_drawn:
+    if not assignment.is_drawn:
         return entry
-    target, tolerance = _target(step, measured)
+    target, tolerance = _target(assignment, measured)
     return dataclasses.replace(
         entry,
-        scheme=step.scheme,
-        gain=step.gain if step.fans else None,
+        scheme=assignment.scheme,
+        gain=assignment.gain if assignment.fans else None,
         target_std=target,
         measured_std=measured.std,
         tolerance=tolerance,
     )
 
 
-def _target(step: Assignment, measured: Measured) -> tuple[float, float]:
+def _target(assignment: Assignment, measured: Measured) -> tuple[float, float]:
     """Target std over all slices, and how far the measured one may be off by sampling and rounding."""
-    place = step.place
-    count, shape = place.current.numel(), tuple(place.current.shape)
-    chunk = (shape[0] // len(step.values), *shape[1:]) if shape else ()
+    site = assignment.site
+    count, shape = site.current.numel(), tuple(site.current.shape)
+    chunk = (shape[0] // len(assignment.initializers), *shape[1:]) if shape else ()
     variance, rounding, error = 0.0, 0.0, 0.0
-    eps = torch.finfo(place.parameter.dtype).eps
-    for values in step.values:
+    eps = torch.finfo(site.parameter.dtype).eps
+    for values in assignment.initializers:
         if isinstance(values, StructuredScheme):
-            matrix = matrix_of(chunk, step.role or PLAIN, place.parameter.is_complex())
-            gain = step.gain * stride_gain(matrix, step.role or PLAIN)
+            matrix = matrix_of(chunk, assignment.role or GENERIC_ROLE, site.parameter.is_complex())
+            gain = assignment.gain * stride_gain(matrix, assignment.role or GENERIC_ROLE)
             std, relative = values.target_rms(matrix, gain), values.sampling_error(matrix)
             rounding = max(rounding, std * eps)  # equal elements are all rounded the same way
         else:
             std, relative = values.target_std, values.sampling_error(count)
             rounding = max(rounding, abs(values.target_mean) * eps)
-        variance += std**2 / len(step.values)
+        variance += std**2 / len(assignment.initializers)
         error = max(error, relative)
     target = math.sqrt(variance)
     tolerance = math.inf if measured.is_transformed else (SIGMAS * error + ROUNDING) * target + rounding

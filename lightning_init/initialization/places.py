@@ -17,11 +17,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_init.names import clean_name
 
-Via: TypeAlias = Literal["itself", "parametrization", "weight_norm", "recomputed"]
+Storage: TypeAlias = Literal["itself", "parametrization", "weight_norm", "recomputed"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterSite:
     """One registered parameter and the attribute of its owner that the forward pass reads.
 
     Attributes:
@@ -35,25 +35,25 @@ class Place:
             by hooks); ``recomputed`` (pruning and the older spectral_norm: the forward pass recomputes it from here).
     """
 
-    name: str
-    target: str
+    stored_fqn: str
+    forward_fqn: str
     module: nn.Module
     attribute: str
     parameter: Tensor
-    outer: tuple[tuple[nn.Module, str], ...] = ()
-    via: Via = "itself"
+    ancestors: tuple[tuple[nn.Module, str], ...] = ()
+    storage: Storage = "itself"
 
     @property
     def current(self) -> Tensor:
         """What the forward pass reads now; for a parametrized attribute it is computed."""
-        if self.via == "parametrization":
+        if self.storage == "parametrization":
             return torch.Tensor.detach(getattr(self.module, self.attribute))
-        hook = weight_norm_of(self.module, self.attribute) if self.via == "weight_norm" else None
+        hook = weight_norm_of(self.module, self.attribute) if self.storage == "weight_norm" else None
         computed: Tensor = hook.compute_weight(self.module) if hook else self.parameter
         return computed.detach()
 
 
-def places(model: nn.Module) -> Iterator[Place]:
+def parameter_sites(model: nn.Module) -> Iterator[ParameterSite]:
     """Every registered parameter of the model under every name it has, in order of registration."""
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owner_path, _, attribute = path.rpartition(".")
@@ -62,18 +62,18 @@ def places(model: nn.Module) -> Iterator[Place]:
         if isinstance(owner, ParametrizationList):
             yield _parametrized(model, owner_path, name, parameter)
         else:
-            target, via = _behind(owner, attribute)
-            outer = modules_around(model, owner_path, target)
-            yield Place(name, _sibling(name, target), owner, target, parameter, outer, via)
+            target, storage = _behind(owner, attribute)
+            ancestors = modules_around(model, owner_path, target)
+            yield ParameterSite(name, _sibling(name, target), owner, target, parameter, ancestors, storage)
 
 
-def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor) -> Place:
+def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor) -> ParameterSite:
     """``X.parametrizations.weight.original0`` belongs to ``X.weight``."""
-    outer, _, attribute = list_path.rpartition(".")
-    owner_path = outer.removesuffix("parametrizations").removesuffix(".")
+    ancestors, _, attribute = list_path.rpartition(".")
+    owner_path = ancestors.removesuffix("parametrizations").removesuffix(".")
     target = clean_name(model, f"{owner_path}.{attribute}" if owner_path else attribute)
     around = modules_around(model, owner_path, attribute)
-    return Place(name, target, model.get_submodule(owner_path), attribute, parameter, around, "parametrization")
+    return ParameterSite(name, target, model.get_submodule(owner_path), attribute, parameter, around, "parametrization")
 
 
 def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[tuple[nn.Module, str], ...]:
@@ -87,7 +87,7 @@ def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[t
     return tuple(found)
 
 
-def _behind(owner: nn.Module, attribute: str) -> tuple[str, Via]:
+def _behind(owner: nn.Module, attribute: str) -> tuple[str, Storage]:
     """The attribute that the forward pass computes from a registered one by a pre-forward hook, if any."""
     stem, _, ending = attribute.rpartition("_")
     if ending in ("g", "v") and weight_norm_of(owner, stem) is not None:
@@ -113,11 +113,11 @@ def recomputing_hook_of(module: nn.Module, attribute: str) -> SpectralNorm | Bas
     return None
 
 
-def parametrizations_of(place: Place) -> ParametrizationList | None:
+def parametrizations_of(site: ParameterSite) -> ParametrizationList | None:
     """The parametrizations of a place's attribute, if it has any."""
-    if not is_parametrized(place.module, place.attribute):
+    if not is_parametrized(site.module, site.attribute):
         return None
-    found = getattr(place.module.parametrizations, place.attribute)
+    found = getattr(site.module.parametrizations, site.attribute)
     return found if isinstance(found, ParametrizationList) else None
 
 

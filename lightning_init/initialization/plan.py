@@ -12,14 +12,14 @@ from torch.nn.utils.parametrizations import _OrthMaps
 
 from lightning_init.initialization.distributions import Constant, Distribution, Normal, Scheme
 from lightning_init.initialization.fans import Fans
-from lightning_init.initialization.places import Place, parametrizations_of, places, type_name
+from lightning_init.initialization.places import ParameterSite, parameter_sites, parametrizations_of, type_name
 from lightning_init.initialization.role import Role
 from lightning_init.initialization.roles import role_of
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.schemes import FanScheme, TorchDefault, name_of, scheme_of
 from lightning_init.initialization.structured import StructuredScheme
 
-UNKNOWN = "module type unknown"
+MODULE_TYPE_UNKNOWN = "module type unknown"
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Assignment:
     """What will be done to one parameter.
 
     Attributes:
-        place: where it lives; ``place.name`` is its full name.
+        site: where it lives; ``site.stored_fqn`` is its full name.
         module_type: class name of its owner.
-        rule: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
-        values: per slice what it is filled with: a distribution or a structured scheme; () where it is left alone.
+        decided_by: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
+        initializers: per slice what it is filled with, a distribution or a structured scheme; () where left alone.
         scheme: how the values are called, such as ``he_normal``; "" where it is left alone.
         gain: the gain that went into the values.
         role: what the parameter is to its module; None for a module type that is not known.
@@ -38,10 +38,10 @@ class Assignment:
         advice: the line to paste where the module type is not known.
     """
 
-    place: Place
+    site: ParameterSite
     module_type: str
-    rule: str
-    values: tuple[Distribution | StructuredScheme, ...] = ()
+    decided_by: str
+    initializers: tuple[Distribution | StructuredScheme, ...] = ()
     scheme: str = ""
     gain: float = 1.0
     role: Role | None = None
@@ -51,7 +51,7 @@ class Assignment:
     @property
     def name(self) -> str:
         """The parameter's full name, wrappers removed."""
-        return self.place.name
+        return self.site.stored_fqn
 
     @property
     def fans(self) -> Fans | None:
@@ -66,7 +66,7 @@ class Assignment:
     @property
     def is_drawn(self) -> bool:
         """Whether new values are written."""
-        return bool(self.values)
+        return bool(self.initializers)
 
 
 def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
@@ -77,44 +77,56 @@ def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
-    found = list(places(model))
-    request.check_all_used(list(dict.fromkeys(name for place in found for name in (place.name, place.target))))
-    by_parameter: dict[int, list[Place]] = defaultdict(list)
-    by_target: dict[str, list[Place]] = defaultdict(list)
-    for place in found:
-        by_parameter[id(place.parameter)].append(place)
-        by_target[place.target].append(place)
-    return [_assign(place, by_parameter[id(place.parameter)], by_target[place.target], request) for place in found]
+    found = list(parameter_sites(model))
+    request.check_all_used(list(dict.fromkeys(name for site in found for name in (site.stored_fqn, site.forward_fqn))))
+    by_parameter: dict[int, list[ParameterSite]] = defaultdict(list)
+    by_forward_fqn: dict[str, list[ParameterSite]] = defaultdict(list)
+    for site in found:
+        by_parameter[id(site.parameter)].append(site)
+        by_forward_fqn[site.forward_fqn].append(site)
+    return [
+        _assign(site, by_parameter[id(site.parameter)], by_forward_fqn[site.forward_fqn], request) for site in found
+    ]
 
 
-def _assign(place: Place, ties: list[Place], parts: list[Place], request: Request) -> Assignment:
+def _assign(
+    site: ParameterSite, aliases: list[ParameterSite], originals: list[ParameterSite], request: Request
+) -> Assignment:
     """Decide for one parameter; the reasons to leave it alone come first."""
-    role = _role(place, ties)
-    rule = request.rule_for(*(name for other in (*ties, *parts) for name in (other.name, other.target)))
-    kind = type_name(place.module)
-    reason = _reason_to_leave(place, ties, parts, role, rule)
+    role = _role(site, aliases)
+    rule = request.rule_for(
+        *(name for other in (*aliases, *originals) for name in (other.stored_fqn, other.forward_fqn))
+    )
+    kind = type_name(site.module)
+    reason = _reason_to_leave(site, aliases, originals, role, rule)
     if reason:
-        advice = _registration(place) if reason == UNKNOWN else ""
-        return Assignment(place, kind, rule.pattern if rule else "", role=role, reason=reason, advice=advice)
-    scheme, why, gain = _choose(place, ties, role, rule, request)
-    values, text = _values(scheme, role, gain, place), name_of(scheme) + _through(place)
+        advice = _registration(site) if reason == MODULE_TYPE_UNKNOWN else ""
+        return Assignment(site, kind, rule.pattern if rule else "", role=role, reason=reason, advice=advice)
+    scheme, why, gain = _choose(site, aliases, role, rule, request)
+    values, text = _values(scheme, role, gain, site), name_of(scheme) + _through(site)
     if role is not None and role.bias_values and why == "bias" and scheme == Constant(0.0) and request.bias is None:
         own = dict(zip(role.slices, role.bias_values, strict=True))
         values = tuple(map(Constant, own.values()))
         text += "".join(f", {name} {value:g}" for name, value in own.items() if value)
-    return Assignment(place, kind, why, values, text, gain, role)
+    return Assignment(site, kind, why, values, text, gain, role)
 
 
-def _through(place: Place) -> str:
+def _through(site: ParameterSite) -> str:
     """Which parametrizations the values go through, so that nobody expects to measure what was drawn."""
-    steps = parametrizations_of(place) or ()
+    steps = parametrizations_of(site) or ()
     return "".join(f" through {type(step).__name__.lstrip('_')}" for step in steps)
 
 
-def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: Role | None, rule: Rule | None) -> str:
+def _reason_to_leave(
+    site: ParameterSite,
+    aliases: list[ParameterSite],
+    originals: list[ParameterSite],
+    role: Role | None,
+    rule: Rule | None,
+) -> str:
     """Why nothing is drawn into this parameter; "" if it is drawn."""
-    owner = min(ties, key=lambda tie: tie.target)  # by name: registration order must not change the weights
-    parameter = place.parameter
+    owner = min(aliases, key=lambda alias: alias.forward_fqn)  # by name: registration order must not change the weights
+    parameter = site.parameter
     if is_lazy(parameter):
         return "uninitialised: a lazy module gets its shape from its first batch; run one before fit"
     if not (parameter.is_floating_point() or parameter.is_complex()):
@@ -123,16 +135,16 @@ def _reason_to_leave(place: Place, ties: list[Place], parts: list[Place], role: 
         return "no elements"
     if rule is not None and rule.keeps:
         return "kept by rule"
-    if place is not owner:
-        return f"tied to {owner.target}"
-    frozen = next((part for part in (place, *parts) if not part.parameter.requires_grad), None)
+    if site is not owner:
+        return f"tied to {owner.forward_fqn}"
+    frozen = next((original for original in (site, *originals) if not original.parameter.requires_grad), None)
     if frozen is not None:
-        return "frozen" if frozen is place else f"frozen together with {frozen.name}"
-    if parts[0] is not place:
-        return f"written together with {parts[0].name}"
+        return "frozen" if frozen is site else f"frozen together with {frozen.stored_fqn}"
+    if originals[0] is not site:
+        return f"written together with {originals[0].stored_fqn}"
     if (role is None or role.kind == "keep") and not (rule is not None and rule.is_literal and _is_complete(rule)):
-        return UNKNOWN if role is None else f"kept: {role.why}"
-    return _why_not_through(place)
+        return MODULE_TYPE_UNKNOWN if role is None else f"kept: {role.why}"
+    return _why_not_through(site)
 
 
 def _is_complete(rule: Rule) -> bool:
@@ -140,14 +152,14 @@ def _is_complete(rule: Rule) -> bool:
     return isinstance(scheme_of(rule.scheme), Distribution)
 
 
-def _registration(place: Place) -> str:
+def _registration(site: ParameterSite) -> str:
     """The line that makes a module type known."""
-    return f"register({type_name(place.module)}, {place.attribute!r}, Fans(fan_in, fan_out))"
+    return f"register({type_name(site.module)}, {site.attribute!r}, Fans(fan_in, fan_out))"
 
 
-def _why_not_through(place: Place) -> str:
+def _why_not_through(site: ParameterSite) -> str:
     """ "" if a parametrized attribute can be written, else what its parametrization lacks."""
-    parametrizations = parametrizations_of(place) if place.via == "parametrization" else None
+    parametrizations = parametrizations_of(site) if site.storage == "parametrization" else None
     if parametrizations is None:
         return ""
     for step in parametrizations:
@@ -158,25 +170,33 @@ def _why_not_through(place: Place) -> str:
     return ""
 
 
-def _role(place: Place, ties: list[Place]) -> Role | None:
+def _role(site: ParameterSite, aliases: list[ParameterSite]) -> Role | None:
     """The parameter's role; a lookup table that is also an output layer is a weight of that layer.
 
     Its padding row, which only the table knows, stays one.
     """
-    roles = [role for role in (role_of(tie.module, tie.attribute, tie.outer) for tie in ties) if role is not None]
+    roles = [
+        role
+        for role in (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
+        if role is not None
+    ]
     weights = [role for role in roles if role.kind == "weight"]
     role = next(iter(weights or roles), None)
     padding = next((role.padding_index for role in roles if role.padding_index is not None), None)
     return dataclasses.replace(role, padding_index=padding) if role and padding is not None else role
 
 
-def _is_tied_head(ties: list[Place]) -> bool:
-    kinds = {role.kind for role in (role_of(tie.module, tie.attribute, tie.outer) for tie in ties) if role is not None}
+def _is_tied_head(aliases: list[ParameterSite]) -> bool:
+    kinds = {
+        role.kind
+        for role in (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
+        if role is not None
+    }
     return {"weight", "embedding"} <= kinds
 
 
 def _choose(
-    place: Place, ties: list[Place], role: Role | None, rule: Rule | None, request: Request
+    site: ParameterSite, aliases: list[ParameterSite], role: Role | None, rule: Rule | None, request: Request
 ) -> tuple[Scheme, str, float]:
     """The scheme, what decided for it, and the gain."""
     scheme = scheme_of(rule.scheme) if rule else request.scheme
@@ -186,13 +206,13 @@ def _choose(
         if not isinstance(scheme, (Distribution, TorchDefault)):
             assert role is not None  # what is unknown is left alone unless a distribution is given
             raise ValueError(
-                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {place.name!r}, but only weights have fans "
+                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {site.stored_fqn!r}, but only weights have fans "
                 f"and its role is {role.kind!r}: give it Normal(std), Uniform(low, high), Constant(value) or 'keep'"
             )
         return scheme, rule.pattern, gain
     assert role is not None
     if role.kind == "weight":
-        if rule is None and _is_tied_head(ties) and not isinstance(scheme, TorchDefault):
+        if rule is None and _is_tied_head(aliases) and not isinstance(scheme, TorchDefault):
             assert role.fans is not None
             return Normal(role.fans.fan_in**-0.5), "tied head", 1.0
         return scheme, rule.pattern if rule else "scheme", gain
@@ -209,7 +229,7 @@ def _bias(scheme: Scheme, bias: float | None) -> Scheme:
 
 
 def _values(
-    scheme: Scheme, role: Role | None, gain: float, place: Place
+    scheme: Scheme, role: Role | None, gain: float, site: ParameterSite
 ) -> tuple[Distribution | StructuredScheme, ...]:
     """What each slice is filled with."""
     if role is not None and isinstance(scheme, TorchDefault):
@@ -218,4 +238,4 @@ def _values(
         return (scheme,) * (len(role.slices) if role else 1)
     if isinstance(scheme, FanScheme) and role is not None and role.fans is not None:
         return (scheme.resolve(role.fans, gain),) * len(role.slices)
-    raise TypeError(f"{name_of(scheme)} of {place.name!r} is no Distribution, FanScheme or StructuredScheme")
+    raise TypeError(f"{name_of(scheme)} of {site.stored_fqn!r} is no Distribution, FanScheme or StructuredScheme")

@@ -32,7 +32,7 @@ class Entry:
         module_type: class name of its owner.
         shape: of the whole parameter, whatever part of it is held here.
         dtype: such as ``float32``.
-        rule: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
+        decided_by: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
         scheme: name of the scheme; "" where the parameter was left alone.
         fans: per slice (gate, projection, group).
         gain: the gain that went into the target.
@@ -48,7 +48,7 @@ class Entry:
     module_type: str
     shape: tuple[int, ...]
     dtype: str
-    rule: str
+    decided_by: str
     scheme: str = ""
     fans: Fans | None = None
     gain: float | None = None
@@ -116,7 +116,9 @@ class InitReport:
 
     def to_markdown(self) -> str:
         """The whole report as one Markdown table."""
-        header = "| parameter | module | shape | rule | scheme | fan_in | fan_out | gain | target std | measured std |"
+        header = (
+            "| parameter | module | shape | decided by | scheme | fan_in | fan_out | gain | target std | measured std |"
+        )
         lines = [f"**{self.title}**", "", header, "|---" * 10 + "|"]
         return "\n".join([*lines, *(_markdown_row(entry) for entry in self.entries)])
 
@@ -170,7 +172,7 @@ def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
     """Entries of one module type, rule, scheme and reason together; those left alone first, so they are seen."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        key = (entry.module_type, entry.rule, entry.scheme, entry.gain, _kind_of_reason(entry))
+        key = (entry.module_type, entry.decided_by, entry.scheme, entry.gain, _kind_of_reason(entry))
         groups.setdefault(key, []).append(entry)
     return sorted(groups.values(), key=lambda group: (not group[0].reason, -len(group)))
 
@@ -185,8 +187,8 @@ def _kind_of_reason(entry: Entry) -> str:
 def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
     first = group[0]
     what = f"left: {_kind_of_reason(first)}" if first.reason else first.scheme
-    if first.rule not in ("", "scheme"):
-        what += f" ({first.rule})"
+    if first.decided_by not in ("", "scheme"):
+        what += f" ({first.decided_by})"
     gain = "" if first.gain is None else f"{first.gain:.3g}"
     targets = [entry.target_std for entry in group if entry.target_std is not None]
     measured = [entry.measured_std for entry in group if entry.measured_std is not None]
@@ -209,6 +211,6 @@ def _markdown_row(entry: Entry) -> str:
     gain = "" if entry.gain is None else f"{entry.gain:.6g}"
     return (
         "| "
-        + " | ".join([f"`{entry.name}`", entry.module_type, shape, f"`{entry.rule}`", what, *fans, gain, *stds])
+        + " | ".join([f"`{entry.name}`", entry.module_type, shape, f"`{entry.decided_by}`", what, *fans, gain, *stds])
         + " |"
     )

@@ -27,7 +27,7 @@ _registry: dict[type[nn.Module] | str, dict[str, Describe]] = {
 }
 
 
-def role_of(module: nn.Module, attribute: str, outer: Sequence[tuple[nn.Module, str]] = ()) -> Role | None:
+def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Module, str]] = ()) -> Role | None:
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
@@ -40,7 +40,7 @@ def role_of(module: nn.Module, attribute: str, outer: Sequence[tuple[nn.Module, 
     parameter = module._parameters.get(attribute)
     if parameter is not None and is_lazy(parameter):
         return None
-    for owner, name in (*outer, (module, attribute)):
+    for owner, name in (*ancestors, (module, attribute)):
         describe = _registered(owner, name)
         if describe is not None:
             return describe(owner, name)

@@ -22,7 +22,7 @@ from lightning_init.initialization.fans import Fans
 from lightning_init.initialization.structured import DeltaOrthogonal, Identity, Orthogonal, Sparse, ZerO
 
 Mode: TypeAlias = Literal["fan_in", "fan_out", "fan_avg", "fan_geo_avg"]
-Shape: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
+DistributionName: TypeAlias = Literal["normal", "uniform", "truncated_normal"]
 
 
 class FanScheme(Scheme):
@@ -61,13 +61,13 @@ class VarianceScaling(FanScheme):
 
     scale: float = 1.0
     mode: Mode = "fan_in"
-    distribution: Shape = "normal"
+    distribution: DistributionName = "normal"
     takes_gain: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("VarianceScaling(scale)", self.scale)
         check_choice("VarianceScaling(mode)", self.mode, get_args(Mode))
-        check_choice("VarianceScaling(distribution)", self.distribution, get_args(Shape))
+        check_choice("VarianceScaling(distribution)", self.distribution, get_args(DistributionName))
 
     @property
     def gain(self) -> float:
@@ -152,14 +152,14 @@ class TorchDefault(Scheme):
     """
 
 
-def _both(scale: float, mode: Mode, names: Iterable[str]) -> dict[str, Scheme]:
+def _family(scale: float, mode: Mode, names: Iterable[str]) -> dict[str, Scheme]:
     """The normal, uniform and truncated form of one point on the formula, under each of its names."""
     return {
         f"{name}_{ending}": VarianceScaling(scale, mode, shape) for name in names for ending, shape in _ENDINGS.items()
     }
 
 
-_ENDINGS: dict[str, Shape] = {
+_ENDINGS: dict[str, DistributionName] = {
     "normal": "normal",
     "uniform": "uniform",
     "normal_truncated": "truncated_normal",
@@ -205,9 +205,9 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "standard_normal": Normal(),
         "standard_normal_truncated": TruncatedNormal(),
         "truncated_normal": TruncatedNormal(),
-        **_both(1.0, "fan_avg", ("xavier", "glorot")),
-        **_both(2.0, "fan_in", ("he", "kaiming")),
-        **_both(1.0, "fan_in", ("lecun",)),
+        **_family(1.0, "fan_avg", ("xavier", "glorot")),
+        **_family(2.0, "fan_in", ("he", "kaiming")),
+        **_family(1.0, "fan_in", ("lecun",)),
         "orthogonal": Orthogonal(),
         "delta_orthogonal": DeltaOrthogonal(),
         "identity": Identity(),

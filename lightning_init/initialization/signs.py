@@ -19,13 +19,13 @@ from lightning_init.initialization.distributions import Constant, Uniform
 from lightning_init.initialization.draw import Block
 from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.role import Role
-from lightning_init.initialization.window import window_of
+from lightning_init.initialization.window import local_shard_of
 from lightning_init.names import clean_name
 
 NEXT_TO_ZERO = 1e-5
 """Some libraries draw fresh biases with a std of 1e-6; one optimizer step moves them further."""
 
-LOOKED_AT = 1 << 21
+MAX_INSPECTED = 1 << 21
 """Elements of a parameter that are looked at, at most: copies of them are 8 MiB each."""
 
 SIGMAS = 5
@@ -34,7 +34,7 @@ SIGMAS = 5
 TRUNCATED_KURTOSIS = 2.366
 """Of a normal distribution cut at ±2 std, with a standard error of 2.2/√n; a uniform one has 1.8."""
 
-ENOUGH = 200
+MIN_ELEMENTS = 200
 """The largest of fewer values says little about the interval they are from."""
 
 
@@ -54,18 +54,22 @@ def signs_of_training(assignments: list[Assignment], model: nn.Module) -> list[s
     A normal draw without biases or norms around it hides a few steps; nothing in the values can show them.
     """
     modules: dict[int, list[Assignment]] = defaultdict(list)
-    for step in assignments:
-        if step.is_drawn and step.place.via in ("itself", "recomputed") and not step.place.parameter.is_meta:
-            modules[id(step.place.module)].append(step)
+    for assignment in assignments:
+        if (
+            assignment.is_drawn
+            and assignment.site.storage in ("itself", "recomputed")
+            and not assignment.site.parameter.is_meta
+        ):
+            modules[id(assignment.site.module)].append(assignment)
     paths = {id(module): clean_name(model, path) for path, module in model.named_modules()}
     touched = {key: steps for key, steps in modules.items() if not any(map(_is_still_constant, steps))}
-    statistics = [sign for key, steps in touched.items() for sign in _statistics(steps[0].place.module, paths[key])]
-    return statistics + [text for step in chain(*touched.values()) for text in _parameter_signs(step)]
+    statistics = [sign for key, steps in touched.items() for sign in _statistics(steps[0].site.module, paths[key])]
+    return statistics + [text for assignment in chain(*touched.values()) for text in _parameter_signs(assignment)]
 
 
-def _is_still_constant(step: Assignment) -> bool:
+def _is_still_constant(assignment: Assignment) -> bool:
     """Whether each slice of this parameter has one value, and more than one element."""
-    parts = _parts(step)
+    parts = _parts(assignment)
     return any(part.numel() > 1 for part in parts) and all(map(_is_constant, parts))
 
 
@@ -76,49 +80,49 @@ def _statistics(module: nn.Module, path: str) -> Iterator[str]:
         yield f"{path}{'.' if path else ''}num_batches_tracked is {int(count)}"
 
 
-def _parameter_signs(step: Assignment) -> Iterator[str]:
+def _parameter_signs(assignment: Assignment) -> Iterator[str]:
     """At most one sign for one parameter."""
-    role, parts = step.role, _parts(step)
+    role, parts = assignment.role, _parts(assignment)
     if role is None or not parts:
         return
     values = torch.cat(parts)
-    span = f"{step.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
+    span = f"{assignment.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
     if role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
         if any(not _is_constant(part) and float(part.abs().max()) > NEXT_TO_ZERO for part in parts):
-            yield f"{span} is not constant, as a fresh {type(step.place.module).__name__}'s is"
-    elif _is_no_longer_uniform(step, role, parts):
+            yield f"{span} is not constant, as a fresh {type(assignment.site.module).__name__}'s is"
+    elif _is_no_longer_uniform(assignment, role, parts):
         assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
-    elif role.kind in ("weight", "embedding") and _inputs_differ(step, role):
+    elif role.kind in ("weight", "embedding") and _inputs_differ(assignment, role):
         what = "rows" if role.kind == "embedding" else "input columns"
-        yield f"{step.name}: its {what} differ in size by more than chance"
+        yield f"{assignment.name}: its {what} differ in size by more than chance"
 
 
-def _is_no_longer_uniform(step: Assignment, role: Role, parts: list[Tensor]) -> bool:
+def _is_no_longer_uniform(assignment: Assignment, role: Role, parts: list[Tensor]) -> bool:
     """Whether a bias or a weight that its module draws uniformly has moved on; real numbers only."""
-    if not isinstance(role.default, Uniform) or step.place.parameter.is_complex():
+    if not isinstance(role.default, Uniform) or assignment.site.parameter.is_complex():
         return False
     if role.kind == "bias":
-        usual = [role.default, *_by_true_fan_in(step.place.module)]
+        usual = [role.default, *_by_true_fan_in(assignment.site.module)]
         return all(any(_bias_has_moved(part, draw) for part in parts) for draw in usual)
-    return role.kind == "weight" and _has_left(torch.cat(parts), role.default, step)
+    return role.kind == "weight" and _has_left(torch.cat(parts), role.default, assignment)
 
 
-def _parts(step: Assignment) -> list[Tensor]:
+def _parts(assignment: Assignment) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
-    window = window_of(step.place.parameter)
-    size = window.whole_shape.numel() // len(step.slices)
-    flat = _magnitudes(_leading_rows(window.local)).reshape(-1)
-    overlaps = [window.overlap(Block(i * size, (i + 1) * size, 0)) for i in range(len(step.slices))]
+    shard = local_shard_of(assignment.site.parameter)
+    size = shard.whole_shape.numel() // len(assignment.slices)
+    flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
+    overlaps = [shard.overlap(Block(i * size, (i + 1) * size, 0)) for i in range(len(assignment.slices))]
     parts = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
     return [part for part in parts if part.numel()]
 
 
 def _leading_rows(values: Tensor) -> Tensor:
-    """As many rows as make up ``LOOKED_AT`` elements: they show what the rest would, and cost no memory."""
-    if values.numel() <= LOOKED_AT:
+    """As many rows as make up ``MAX_INSPECTED`` elements: they show what the rest would, and cost no memory."""
+    if values.numel() <= MAX_INSPECTED:
         return values
-    return values[: max(1, LOOKED_AT // (values.numel() // values.shape[0]))]
+    return values[: max(1, MAX_INSPECTED // (values.numel() // values.shape[0]))]
 
 
 def _magnitudes(values: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ def _by_true_fan_in(module: nn.Module) -> Iterator[Uniform]:
         yield Uniform(-bound, bound)
 
 
-def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
+def _has_left(values: Tensor, drawn_from: Uniform, assignment: Assignment) -> bool:
     """Whether values were drawn from this uniform distribution and some have left its interval since.
 
     Training blurs the edges: beyond the bound there are values, but fewer than if the whole interval had been
@@ -154,7 +158,7 @@ def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
     """
     rounding, count = _rounding(values), values.numel()
     bound, largest = drawn_from.high * rounding, float(values.abs().max())
-    if largest <= bound or count < ENOUGH:
+    if largest <= bound or count < MIN_ELEMENTS:
         return False
     spread = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
     chance = SIGMAS * drawn_from.sampling_error(count) + 0.01
@@ -165,13 +169,13 @@ def _has_left(values: Tensor, drawn_from: Uniform, step: Assignment) -> bool:
         return is_flat and -chance < spread < 0.5
     if largest > 1.02 * bound or expected > 4 * SIGMAS**2:  # enough to tell half of it
         return False
-    fresh = (width * (1 - 8 / count) < largest <= width * rounding for width in _usual_bounds(step))
+    fresh = (width * (1 - 8 / count) < largest <= width * rounding for width in _usual_bounds(assignment))
     return abs(spread) < chance and not any(fresh)
 
 
-def _usual_bounds(step: Assignment) -> Iterator[float]:
+def _usual_bounds(assignment: Assignment) -> Iterator[float]:
     """Half widths that ``torch.nn.init`` gives a weight of this shape: Xavier's and Kaiming's, with usual gains."""
-    shape = step.place.parameter.shape
+    shape = assignment.site.parameter.shape
     taps = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * taps, shape[0] * taps
     for gain in (1.0, math.sqrt(2), 5 / 3):
@@ -197,14 +201,14 @@ def _rounding(values: Tensor) -> float:
     return 1 + torch.finfo(held_by).eps / 2
 
 
-def _inputs_differ(step: Assignment, role: Role) -> bool:
+def _inputs_differ(assignment: Assignment, role: Role) -> bool:
     """Whether some inputs of a weight matrix (rows of a lookup table) are larger than others beyond chance.
 
     In a draw whose elements are alike, the mean squares of C columns of n elements vary by (kurtosis - 1)·s⁴/n,
     measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
-    local = _magnitudes(_leading_rows(window_of(step.place.parameter).local))
+    local = _magnitudes(_leading_rows(local_shard_of(assignment.site.parameter).local))
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)

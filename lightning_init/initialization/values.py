@@ -14,7 +14,7 @@ from lightning_init.initialization.draw import BLOCK, Block, Key, blocks, draw_a
 from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.role import Role
 from lightning_init.initialization.structured import Matrix, StructuredScheme
-from lightning_init.initialization.window import Window
+from lightning_init.initialization.window import LocalShard
 
 
 @dataclass
@@ -48,44 +48,44 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Slice:
+class DrawChunk:
     """One independently drawn chunk of a parameter: flat elements ``start`` to ``stop``."""
 
     start: int
     stop: int
-    values: Distribution | StructuredScheme
+    initializer: Distribution | StructuredScheme
     gain: float
     key: Key
 
 
-def slices_of(assignment: Assignment, seed: int, count: int) -> list[Slice]:
+def chunks_of(assignment: Assignment, seed: int, count: int) -> list[DrawChunk]:
     """A parameter of ``count`` elements in equal chunks along dimension 0, each with a stream of its own."""
-    size = count // len(assignment.values)
-    names = assignment.slices if len(assignment.values) > 1 else ("",)
+    size = count // len(assignment.initializers)
+    names = assignment.slices if len(assignment.initializers) > 1 else ("",)
     return [
-        Slice(i * size, (i + 1) * size, value, assignment.gain, Key(seed, assignment.place.target, name))
-        for i, (value, name) in enumerate(zip(assignment.values, names, strict=True))
+        DrawChunk(i * size, (i + 1) * size, value, assignment.gain, Key(seed, assignment.site.forward_fqn, name))
+        for i, (value, name) in enumerate(zip(assignment.initializers, names, strict=True))
     ]
 
 
-PLAIN = Role("other", Normal())
+GENERIC_ROLE = Role("other", Normal())
 """The role of a parameter whose module type is not known: one matrix, stored (out, in, …)."""
 
 
-def block_jobs(part: Slice, window: Window, flat: Tensor) -> Iterator[Callable[[], Measured]]:
+def block_jobs(chunk: DrawChunk, shard: LocalShard, flat: Tensor) -> Iterator[Callable[[], Measured]]:
     """One job per block of a slice that has elements in the window: draw it, write it to ``flat``, measure it.
 
     Args:
-        part: an elementwise slice.
+        chunk: an elementwise slice.
         window: which elements of the parameter are held here.
         flat: where they are written to. Shape: [window.local.numel()]
     """
-    assert isinstance(part.values, Distribution)
-    distribution = part.values
-    for block in blocks(part.start, part.stop):
-        overlap = window.overlap(block)
+    assert isinstance(chunk.initializer, Distribution)
+    distribution = chunk.initializer
+    for block in blocks(chunk.start, chunk.stop):
+        overlap = shard.overlap(block)
         if overlap is not None:
-            yield lambda b=block, o=overlap: _write_block(b, o, distribution, part.key, flat)  # type: ignore[misc]
+            yield lambda b=block, o=overlap: _write_block(b, o, distribution, chunk.key, flat)  # type: ignore[misc]
 
 
 def _write_block(
@@ -110,43 +110,45 @@ def measure(values: Tensor, drawn_from: Distribution | StructuredScheme) -> Meas
         mean = 0.0
     held = values.float().cpu().flatten()
     sums = Measured(count=count)
-    for part in torch.split(held, BLOCK):  # a float32 dot product of 2²⁴ elements is off by 6e-5, of a block by 1e-7
-        deviation = part - mean if mean else part
-        sums += Measured(float(torch.dot(deviation, deviation)), 0, _checksum(part))
+    for chunk in torch.split(held, BLOCK):  # a float32 dot product of 2²⁴ elements is off by 6e-5, of a block by 1e-7
+        deviation = chunk - mean if mean else chunk
+        sums += Measured(float(torch.dot(deviation, deviation)), 0, _checksum(chunk))
     return sums
 
 
-def whole(part: Slice, shape: tuple[int, ...], role: Role | None, dtype: torch.dtype) -> Tensor:
+def draw_full(chunk: DrawChunk, shape: tuple[int, ...], role: Role | None, dtype: torch.dtype) -> Tensor:
     """All values of one slice at once, in float32 or complex64. Shape: ``shape``, the slice's own.
 
     The slow, plain way: for structured schemes, complex numbers, and whatever is not written block by block.
     """
-    if isinstance(part.values, StructuredScheme):
-        return _structured(part, part.values, shape, role or PLAIN, dtype.is_complex)
+    if isinstance(chunk.initializer, StructuredScheme):
+        return _structured(chunk, chunk.initializer, shape, role or GENERIC_ROLE, dtype.is_complex)
     count = math.prod(shape)
     if not dtype.is_complex:
-        return draw_all(part.values, part.key, count).view(shape)
-    # Real and imaginary part each have half the variance around half the mean's share: E|z - mean|² = std².
-    standard = draw_all(part.values, part.key, 2 * count).view(*shape, 2)
-    mean = part.values.target_mean
+        return draw_all(chunk.initializer, chunk.key, count).view(shape)
+    # Real and imaginary chunk each have half the variance around half the mean's share: E|z - mean|² = std².
+    standard = draw_all(chunk.initializer, chunk.key, 2 * count).view(*shape, 2)
+    mean = chunk.initializer.target_mean
     return torch.view_as_complex((standard - mean) / math.sqrt(2)) + mean
 
 
-def canary(part: Slice) -> int:
+def stream_fingerprint(chunk: DrawChunk) -> int:
     """Bits of a few values from the start of a slice's stream: the same on every rank, whatever it holds."""
-    if isinstance(part.values, StructuredScheme):
-        return _checksum(draw_all(Normal(), part.key, 16))
-    return _checksum(draw_all(part.values, part.key, 16))
+    if isinstance(chunk.initializer, StructuredScheme):
+        return _checksum(draw_all(Normal(), chunk.key, 16))
+    return _checksum(draw_all(chunk.initializer, chunk.key, 16))
 
 
-def _structured(part: Slice, scheme: StructuredScheme, shape: tuple[int, ...], role: Role, is_complex: bool) -> Tensor:
+def _structured(
+    chunk: DrawChunk, scheme: StructuredScheme, shape: tuple[int, ...], role: Role, is_complex: bool
+) -> Tensor:
     """Build each group of a slice as a matrix of its own and put it where the layer stores it."""
     matrix = matrix_of(shape, role, is_complex)
-    gain = part.gain * stride_gain(matrix, role)
+    gain = chunk.gain * stride_gain(matrix, role)
     groups = []
     for group in range(role.groups):
-        name = f"{part.key.part}/{group}" if role.groups > 1 else part.key.part
-        key = Key(part.key.seed, part.key.name, name)
+        name = f"{chunk.key.part}/{group}" if role.groups > 1 else chunk.key.part
+        key = Key(chunk.key.seed, chunk.key.name, name)
         built = scheme.build(matrix, gain, lambda count, key=key: draw_all(Normal(), key, count))  # type: ignore[misc]
         groups.append(built.transpose(0, 1) if role.transposed else built)
     return torch.cat(groups).to(torch.complex64 if is_complex else torch.float32).reshape(shape)

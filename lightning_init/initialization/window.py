@@ -12,7 +12,7 @@ from lightning_init.initialization.draw import Block
 
 
 @dataclass(frozen=True)
-class Window:
+class LocalShard:
     """The local elements of one parameter, and where they lie in the whole one (flattened, row by row).
 
     Attributes:
@@ -49,14 +49,14 @@ class Window:
         return None if first >= last else (slice(first, last), self.positions[first:last] - block.start)
 
 
-def window_of(tensor: Tensor) -> Window:
+def local_shard_of(tensor: Tensor) -> LocalShard:
     """The window of a plain tensor or a DTensor with any number of Shard and Replicate placements.
 
     Raises:
         ValueError: a DTensor with partial sums, or one whose shard is not in ascending order.
     """
     if not isinstance(tensor, DTensor):
-        return Window(tensor.detach(), tensor.shape)
+        return LocalShard(tensor.detach(), tensor.shape)
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a parameter with partial placements {tensor.placements} cannot be initialised")
     local = tensor.to_local().detach()  # in this order: detaching a DTensor may hand out an equal, older mesh
@@ -67,8 +67,8 @@ def window_of(tensor: Tensor) -> Window:
         if first.numel() == 0 or int(first[-1]) - int(first[0]) == first.numel() - 1:
             row = tensor.numel() // tensor.shape[0] if tensor.ndim and tensor.shape[0] else 1
             offset = int(first[0]) * row if first.numel() else 0
-            return Window(local, tensor.shape, offset, is_sharded=is_sharded)
-    return Window(local, tensor.shape, positions=_flat_positions(indices, tensor.shape), is_sharded=is_sharded)
+            return LocalShard(local, tensor.shape, offset, is_sharded=is_sharded)
+    return LocalShard(local, tensor.shape, positions=_flat_positions(indices, tensor.shape), is_sharded=is_sharded)
 
 
 def _held_indices(tensor: DTensor, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_init.monitor.event_file import quicken
+from lightning_init.monitor.event_file import use_compiled_checksums
 from lightning_init.monitor.extras import EDGES
 from lightning_init.monitor.norms import KINDS_OF
 from lightning_init.monitor.stats import Histogram
@@ -59,7 +59,7 @@ class Board:
                 summary = Summary(value=[*summary.value, *values])
             for writer in self.writers:
                 file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
-                quicken(file_writer)
+                use_compiled_checksums(file_writer)
                 file_writer.add_summary(summary, step)
         for logger in self.others:
             logger.log_metrics(dict(tags), step=step)

@@ -15,7 +15,7 @@ from torch import Tensor
 _BLOCK = 1 << 17
 
 
-class Central(NamedTuple):
+class CentralMoments(NamedTuple):
     """Sums of powers of the distance from the mean of ``n`` elements; all float64, []."""
 
     n: Tensor
@@ -25,29 +25,29 @@ class Central(NamedTuple):
     fourth: Tensor
 
 
-def observe_central(values: Tensor) -> Central:
+def central_moments_of(values: Tensor) -> CentralMoments:
     """The central moments of all elements, in float64."""
     flat = values.detach().reshape(-1)
     return functools.reduce(merge_central, map(_of_block, flat.split(_BLOCK)))  # type: ignore[no-untyped-call]
 
 
-def _of_block(block: Tensor) -> Central:
+def _of_block(block: Tensor) -> CentralMoments:
     numbers = block.to(torch.float64)
     n = torch.tensor(float(len(numbers)), dtype=torch.float64, device=numbers.device)
     mean = numbers.sum() / n.clamp_min(1)
     distance = numbers - mean
     square = distance * distance
-    return Central(n, mean, square.sum(), torch.dot(square, distance), torch.dot(square, square))
+    return CentralMoments(n, mean, square.sum(), torch.dot(square, distance), torch.dot(square, square))
 
 
-def merge_central(a: Central, b: Central) -> Central:
+def merge_central(a: CentralMoments, b: CentralMoments) -> CentralMoments:
     """Moments of both sets of elements: both shifted to the common mean."""
     n = a.n + b.n
     mean = (a.n * a.mean + b.n * b.mean) / n.clamp_min(1)
-    return Central(n, mean, *(x + y for x, y in zip(about(a, mean), about(b, mean), strict=True)))
+    return CentralMoments(n, mean, *(x + y for x, y in zip(shifted_to(a, mean), shifted_to(b, mean), strict=True)))
 
 
-def about(central: Central, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def shifted_to(central: CentralMoments, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Σ(x - c)², Σ(x - c)³, Σ(x - c)⁴: with s = mean - c, Σ(d + s)ᵏ by the binomial theorem."""
     n, mean, second, third, fourth = central
     shift = mean - centre

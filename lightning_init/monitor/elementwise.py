@@ -22,7 +22,7 @@ _MOST_STATE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Activation:
+class ActivationTraits:
     """What an activation does to numbers.
 
     Attributes:
@@ -41,7 +41,7 @@ class Activation:
         return not self.rectifies and math.isfinite(self.high - self.low)
 
 
-def activation_of(module: nn.Module) -> Activation | None:
+def activation_of(module: nn.Module) -> ActivationTraits | None:
     """What kind of activation ``module`` is; None if it is none.
 
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
@@ -66,7 +66,7 @@ def activation_of(module: nn.Module) -> Activation | None:
     if not _same_numbers(together, alone) or torch.equal(together.float(), probe):
         return None
     negative, positive = together[probe < 0], together[probe > 0]
-    return Activation(bool((negative == 0).all() and (positive > 0).all()), *_limits(ends.tolist()))
+    return ActivationTraits(bool((negative == 0).all() and (positive > 0).all()), *_limits(ends.tolist()))
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     import google_crc32c
 
 
-class QuickRecordWriter(RecordWriter):  # type: ignore[misc]
+class CompiledChecksumWriter(RecordWriter):  # type: ignore[misc]
     """Writes the same bytes as its base.
 
     A record is: length as uint64 · its checksum · data · its checksum, little-endian (TensorFlow's TFRecord).
@@ -36,7 +36,7 @@ def checksum(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def quicken(writer: FileWriter) -> None:
+def use_compiled_checksums(writer: FileWriter) -> None:
     """Have ``writer``'s thread compute checksums in compiled code from now on, if there is such code.
 
     What is replaced is private; where TensorBoard's insides are others than those known, they are left alone.
@@ -46,4 +46,4 @@ def quicken(writer: FileWriter) -> None:
         worker = getattr(worker, part, None)
     records: Any = getattr(worker, "_record_writer", None)
     if google_crc32c.implementation == "c" and worker and type(records) is RecordWriter:
-        worker._record_writer = QuickRecordWriter(records._writer)
+        worker._record_writer = CompiledChecksumWriter(records._writer)

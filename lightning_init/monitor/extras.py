@@ -17,7 +17,7 @@ EDGES = (*(-(2.0**k) for k in range(10, -21, -1)), 0.0, *(2.0**k for k in range(
 """Between the histogram's 64 bins: powers of two from 2^-20 to 2^10 of either sign, the same on every rank."""
 
 
-class Look(NamedTuple):
+class OutputMeasure(NamedTuple):
     """Something to measure on each output that adds up over calls and ranks.
 
     Attributes:
@@ -52,4 +52,7 @@ def largest(values: Tensor) -> Tensor:
     return values.detach().abs().max().double() if values.numel() else values.new_zeros((), dtype=torch.float64)
 
 
-ADDITIVE: dict[str, Look] = {"saturation": Look(1, saturated), "histogram": Look(len(EDGES) + 1, binned)}
+ADDITIVE: dict[str, OutputMeasure] = {
+    "saturation": OutputMeasure(1, saturated),
+    "histogram": OutputMeasure(len(EDGES) + 1, binned),
+}

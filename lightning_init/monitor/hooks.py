@@ -38,18 +38,18 @@ class Hook:
 class GradientHook(Hook):
     """Before the backward of the node that has made a tensor, which is its ``place``-th output."""
 
-    __slots__ = ("place",)
+    __slots__ = ("output_nr",)
 
     def __init__(
-        self, layer: Layer, see: Callable[..., None], on_fault: Callable[[str, Exception], None], place: int = 0
+        self, layer: Layer, see: Callable[..., None], on_fault: Callable[[str, Exception], None], output_nr: int = 0
     ) -> None:
         super().__init__(layer, see, on_fault)
-        self.place = place
+        self.output_nr = output_nr
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """The node is about to be given the gradients of all its outputs; None is of one that nobody needs."""
         try:
-            gradient = gradients[self.place]
+            gradient = gradients[self.output_nr]
             if gradient is not None:
                 self.see(self.layer, gradient)
         except Exception as error:

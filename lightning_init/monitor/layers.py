@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from lightning_init.checks import did_you_mean
-from lightning_init.monitor.elementwise import Activation, activation_of
+from lightning_init.monitor.elementwise import ActivationTraits, activation_of
 from lightning_init.names import clean_name
 
 _ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
@@ -29,7 +29,7 @@ class Layer:
 
     name: str
     module: nn.Module
-    activation: Activation | None
+    activation: ActivationTraits | None
     parameters: tuple[nn.Parameter, ...]
 
 

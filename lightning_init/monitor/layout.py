@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_init.moments import Moments, Number, pack
-from lightning_init.monitor.tap import Record
+from lightning_init.monitor.tap import LayerRecord
 
-FAULT, UNKNOWN, FLAGS = 0, 1, 2
+FAULT, UNKNOWN_SLOT, FLAGS = 0, 1, 2
 """The vector's first numbers: ranks whose monitor has failed, ranks that saw a slot the layout lacks."""
 
 
@@ -25,7 +25,7 @@ class Slot(NamedTuple):
     units: int
 
 
-class Layout:
+class VectorLayout:
     """Slots, layers and parameters in an order that all ranks share, and the vector's parts.
 
     The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer ·
@@ -78,7 +78,7 @@ class Layout:
         of_units = self.layer_of_slot.repeat(self.units)
         return torch.from_numpy(self.layer_of_slot).to(self.device), torch.from_numpy(of_units).to(self.device)
 
-    def knows(self, records: Mapping[str, Record]) -> bool:
+    def knows(self, records: Mapping[str, LayerRecord]) -> bool:
         """Whether every slot of ``records`` has its place."""
         return all((name, units) in self._known for name, record in records.items() for units in record.outputs)
 
@@ -88,12 +88,12 @@ class Layout:
         sums = total.new_zeros(len(self.layers)).index_add_(0, of_units, total[self.sums])
         return sums / total.new_zeros(len(self.layers)).index_add_(0, of_slots, total[self.counts])
 
-    def pack(self, records: Mapping[str, Record], norms: Sequence[Number], flags: Sequence[float]) -> Tensor:
+    def pack(self, records: Mapping[str, LayerRecord], norms: Sequence[Number], flags: Sequence[float]) -> Tensor:
         """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero.
 
         It is written over by the next one: fresh memory of its size costs more than what is written to it.
         """
-        nobody, nothing = Record(), Moments(0, 0.0, 0.0)
+        nobody, nothing = LayerRecord(), Moments(0, 0.0, 0.0)
         outputs = [records.get(name, nobody).outputs.get(units, self._nothing[units]) for name, units in self.slots]
         gradients = [records.get(name, nobody).gradients or nothing for name in self.layers]
         numbers: list[Number] = [*flags, *(moments.n for moments in outputs), *(moments.squares for moments in outputs)]
@@ -103,14 +103,14 @@ class Layout:
         sums = [moments.sums for moments in outputs if isinstance(moments.sums, Tensor)]  # all of them: by unit
         return torch.cat([pack(numbers, self.device), *self._extras(records), *sums], out=self._vector)
 
-    def _extras(self, records: Mapping[str, Record]) -> list[Tensor]:
+    def _extras(self, records: Mapping[str, LayerRecord]) -> list[Tensor]:
         """What was measured on request, [layers · width] each."""
         nothing = {stat: torch.zeros(n, dtype=torch.float64, device=self.device) for stat, n in self.widths.items()}
         found = [records[name].extras if name in records else {} for name in self.layers]
         return [extras.get(stat, zeros) for stat, zeros in nothing.items() for extras in found]
 
 
-def slots_of(records: Mapping[str, Record]) -> list[Slot]:
+def slots_of(records: Mapping[str, LayerRecord]) -> list[Slot]:
     """The slots of ``records``, in the order of their first call."""
     return [Slot(name, units) for name, record in records.items() for units in record.outputs]
 

@@ -40,7 +40,7 @@ class _Places(NamedTuple):
     counts: list[float]
 
 
-class Norms:
+class ParameterNorms:
     """Collects, between two exchanges, squared norms of tensors that belong to parameters.
 
     Each rank adds the squares of what it holds, divided by the number of ranks that hold the same numbers, so
@@ -71,7 +71,7 @@ class Norms:
         return len(self.kinds) * 2 * (1 + len(self._owned))
 
     @property
-    def look_back(self) -> bool:
+    def needs_post_step(self) -> bool:
         """Whether something has to be measured when the optimizer has stepped."""
         return bool({"update", "clipped"} & set(self.kinds))
 
@@ -102,7 +102,7 @@ class Norms:
                 values = [value * factor**2 for value in values]
             self._squares[kind].append(_Squares(tuple(tensors), values))
 
-    def empty(self) -> None:
+    def clear(self) -> None:
         """Forget what was collected."""
         for squares in self._squares.values():
             squares.clear()

@@ -63,14 +63,14 @@ class observe:
         self._recorder.start()
         self._stats = None
         self._eager.start()
-        self._recorder.tap.attach()
-        self._recorder.tap.gradient_factor = 1.0 / world_size()
+        self._recorder.collector.attach()
+        self._recorder.collector.gradient_factor = 1.0 / world_size()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._recorder.tap.detach()
+        self._recorder.collector.detach()
         self._eager.stop()
 
     def compute(self) -> LayerStats:
@@ -83,5 +83,7 @@ class observe:
             self._recorder.before_step(self._model.parameters())
             self._stats = self._recorder.exchange()
             if self._stats is None:
-                raise RuntimeError(f"the observation has failed: {self._recorder.off or self._recorder.fault}")
+                raise RuntimeError(
+                    f"the observation has failed: {self._recorder.disabled_reason or self._recorder.local_error}"
+                )
         return self._stats

@@ -15,7 +15,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gathered(message: Message) -> list[Message]:
+def all_gather_object(message: Message) -> list[Message]:
     """Every rank's message, in rank order. Slow: only when ranks first meet, or have something new to say."""
     if world_size() == 1:
         return [message]

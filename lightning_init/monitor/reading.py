@@ -12,18 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_init.moments import waits
+from lightning_init.moments import needs_device_sync
 from lightning_init.monitor.layers import Layer
-from lightning_init.monitor.layout import Layout
-from lightning_init.monitor.norms import Norms
-from lightning_init.monitor.second import Second
+from lightning_init.monitor.layout import VectorLayout
+from lightning_init.monitor.norms import ParameterNorms
+from lightning_init.monitor.second import SecondPass
 from lightning_init.monitor.stats import Histogram, LayerStats
 
 Numbers: TypeAlias = npt.NDArray[np.float64]
 Rows: TypeAlias = dict[str, list[float]]
 
 
-class Reading:
+class StepResult:
     """A summed vector, read from the device.
 
     Args:
@@ -33,7 +33,7 @@ class Reading:
         norms: who fills the norms' part.
     """
 
-    def __init__(self, total: Tensor, layout: Layout, second: Second, norms: Norms) -> None:
+    def __init__(self, total: Tensor, layout: VectorLayout, second: SecondPass, norms: ParameterNorms) -> None:
         beside = {"activation_max": second.largest, "fourth": second.fourth}
         self._layers = layout.layers
         with np.errstate(all="ignore"):  # what overflows is shown as it is
@@ -94,13 +94,15 @@ class Reading:
         return {layer: Histogram(counts, *numbers) for layer, counts, numbers in found if numbers[0]}
 
 
-def _read(total: Tensor, layout: Layout, beside: Sequence[Tensor]) -> tuple[Numbers, list[Numbers], list[Numbers]]:
+def _read(
+    total: Tensor, layout: VectorLayout, beside: Sequence[Tensor]
+) -> tuple[Numbers, list[Numbers], list[Numbers]]:
     """In one copy: the numbers before the units' sums; sums, their squares and zeros of each slot; what is beside.
 
     On the CPU by NumPy, whose calls cost a fifth where caches are cold; ``segment_reduce`` does the same anywhere.
     """
     head, by_unit = total[: layout.sums.start], total[layout.sums]
-    if layout.starts is not None and not waits(total):
+    if layout.starts is not None and not needs_device_sync(total):
         units, scratch = by_unit.numpy(), layout.scratch
         sums = np.add.reduceat(units, layout.starts)
         squares = np.add.reduceat(np.multiply(units, units, out=scratch), layout.starts)
@@ -117,7 +119,7 @@ def _read(total: Tensor, layout: Layout, beside: Sequence[Tensor]) -> tuple[Numb
     return first, rest[:3], rest[3:]
 
 
-def _outputs(head: Numbers, of_slots: Sequence[Numbers], layout: Layout) -> dict[str, Numbers]:
+def _outputs(head: Numbers, of_slots: Sequence[Numbers], layout: VectorLayout) -> dict[str, Numbers]:
     """Statistics of each layer's outputs, and the number of their elements, [layers] each."""
     n, squares, units = head[layout.counts], head[layout.squares], layout.units
     total, sums_squared, dead = of_slots
@@ -138,14 +140,14 @@ def _outputs(head: Numbers, of_slots: Sequence[Numbers], layout: Layout) -> dict
     }
 
 
-def _gradients(head: Numbers, layout: Layout) -> dict[str, Numbers]:
+def _gradients(head: Numbers, layout: VectorLayout) -> dict[str, Numbers]:
     """Variance of the gradients of each layer's outputs, and the number of their elements, [layers] each."""
     n = head[layout.gradient_counts]
     variance = _variance(head[layout.gradient_squares] / n, head[layout.gradient_sums] / n)
     return {"gradient_counts": n, "gradient_variance": variance}
 
 
-def _extras(head: Numbers, layout: Layout) -> dict[str, Numbers]:
+def _extras(head: Numbers, layout: VectorLayout) -> dict[str, Numbers]:
     """What was measured on request, [layers, width] each."""
     shapes = {stat: (len(layout.layers), width) for stat, width in layout.widths.items()}
     blocks = np.split(head[layout.extras], list(itertools.accumulate(map(math.prod, shapes.values()))))

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from lightning_init.monitor.extras import ADDITIVE
 from lightning_init.monitor.layers import Layer
-from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN, Layout, Slot, in_one_order, slots_of
-from lightning_init.monitor.norms import Norms, whole_gradients
-from lightning_init.monitor.ranks import gathered, world_size
-from lightning_init.monitor.reading import Reading
-from lightning_init.monitor.second import Second
+from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN_SLOT, Slot, VectorLayout, in_one_order, slots_of
+from lightning_init.monitor.norms import ParameterNorms, whole_gradients
+from lightning_init.monitor.ranks import all_gather_object, world_size
+from lightning_init.monitor.reading import StepResult
+from lightning_init.monitor.second import SecondPass
 from lightning_init.monitor.state import PackedState
 from lightning_init.monitor.stats import LayerStats
-from lightning_init.monitor.tap import Record, Tap
+from lightning_init.monitor.tap import ActivationCollector, LayerRecord
 
 
 class _Hello(NamedTuple):
@@ -43,23 +43,27 @@ class Recorder:
         self.layers = list(layers)
         self.stats = tuple(stats)
         self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self.tap = Tap(layers, stats, on_fault=self._hook_fault)
-        self.norms = Norms(layers, stats, world_size())
-        self.fault: str | None = None
-        self.off: str | None = None
-        self._layout: Layout | None = None
+        self.collector = ActivationCollector(layers, stats, on_fault=self._hook_fault)
+        self.norms = ParameterNorms(layers, stats, world_size())
+        self.local_error: str | None = None
+        self.disabled_reason: str | None = None
+        self._layout: VectorLayout | None = None
         self._state: PackedState | None = None
 
     @property
     def silent_layers(self) -> list[str]:
         """Layers no rank has called so far."""
-        known = {*(self._layout.layers if self._layout else ()), *self.tap.partial, *self.tap.childs}
+        known = {
+            *(self._layout.layers if self._layout else ()),
+            *self.collector.partial,
+            *self.collector.returned_child_output,
+        }
         return [layer.name for layer in self.layers if layer.name not in known]
 
     def start(self) -> None:
         """Begin a new step: forget what an unfinished one left."""
-        self.tap.empty()
-        self.norms.empty()
+        self.collector.drain()
+        self.norms.clear()
 
     def before_step(
         self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0
@@ -70,7 +74,7 @@ class Recorder:
         """
         if self.norms.kinds:
             gradients = whole_gradients(parameters)
-            if self.fault is None:
+            if self.local_error is None:
                 self.norms.before_step(gradients, factor())
 
     def after_step(
@@ -78,69 +82,69 @@ class Recorder:
     ) -> None:
         """Take what has to be taken when the optimizer has stepped."""
         gradients = whole_gradients(parameters)
-        if self.fault is None:
+        if self.local_error is None:
             self.norms.after_step(gradients, factor())
 
     def fail(self, where: str, error: BaseException) -> None:
         """Remember the first thing that went wrong."""
-        self.fault = self.fault or f"{where}: {type(error).__name__}: {error}"
+        self.local_error = self.local_error or f"{where}: {type(error).__name__}: {error}"
 
     def exchange(self) -> LayerStats | None:
         """Sum the step over all ranks; None if a rank has failed, and then ``off`` says why.
 
         A collective: every rank has to call it, failed or not.
         """
-        records = self.tap.empty()
+        records = self.collector.drain()
         if self._layout is None:
             self._agree(records)
         flags, reading = self._summed(records)
-        if flags[UNKNOWN] and not flags[FAULT]:
+        if flags[UNKNOWN_SLOT] and not flags[FAULT]:
             self._agree(records)
             flags, reading = self._summed(records)
-        self.norms.empty()
-        self.tap.reuse(records)
+        self.norms.clear()
+        self.collector.reuse(records)
         if flags[FAULT]:
             self._agree({})
-        return reading.stats(self.stats, self.layers) if reading and not self.off else None
+        return reading.stats(self.stats, self.layers) if reading and not self.disabled_reason else None
 
-    def _agree(self, records: dict[str, Record]) -> None:
+    def _agree(self, records: dict[str, LayerRecord]) -> None:
         """All ranks learn all slots and each other's faults.
 
         Known slots stay, except of a layer that has come with other units now: if its width is a sequence's length,
         the vector would grow for ever.
         """
-        hellos = gathered(_Hello(slots_of(records), self.fault))
+        hellos = all_gather_object(_Hello(slots_of(records), self.local_error))
         faults = [f"rank {rank}: {hello.fault}" for rank, hello in enumerate(hellos) if hello.fault]
         if faults:
-            self.off = "; ".join(faults)
+            self.disabled_reason = "; ".join(faults)
         else:
             seen = in_one_order(hello.slots for hello in hellos)
             present = {slot.layer for slot in seen}
             known = self._layout.slots if self._layout else ()
             slots = in_one_order([seen, [slot for slot in known if slot in seen or slot.layer not in present]])
             widths = {stat: ADDITIVE[stat].width for stat in self.stats if stat in ADDITIVE}
-            self._layout = Layout(slots, self.norms.size, self.device, widths)
+            self._layout = VectorLayout(slots, self.norms.size, self.device, widths)
             self._state = PackedState(self.device)
 
-    def _summed(self, records: dict[str, Record]) -> tuple[list[float], Reading | None]:
+    def _summed(self, records: dict[str, LayerRecord]) -> tuple[list[float], StepResult | None]:
         """The one collective of a step, and the one copy to the host: the flags, and what was measured."""
-        if self.off or self._layout is None or self._state is None:
+        if self.disabled_reason or self._layout is None or self._state is None:
             return [0.0] * FLAGS, None
         self._state.reset()
         self._state.update(self._vector(self._layout, records))
         total = self._state.compute()
-        second = Second(self.stats, self._layout, records if self.fault is None else {})
+        second = SecondPass(self.stats, self._layout, records if self.local_error is None else {})
         second.exchange(total, self.fail)
-        if self.fault is None:
+        if self.local_error is None:
             try:
-                reading = Reading(total, self._layout, second, self.norms)
+                reading = StepResult(total, self._layout, second, self.norms)
                 return reading.flags, reading
             except Exception as error:
                 self.fail("reading", error)
         return total[self._layout.flags].tolist(), None  # a rank that has failed still does what the flags say
 
-    def _vector(self, layout: Layout, records: dict[str, Record]) -> Tensor:
-        if self.fault is None:
+    def _vector(self, layout: VectorLayout, records: dict[str, LayerRecord]) -> Tensor:
+        if self.local_error is None:
             try:
                 return layout.pack(records, self.norms.packed(), [0.0, float(not layout.knows(records))])
             except Exception as error:

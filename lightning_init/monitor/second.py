@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_init.monitor.central import about
-from lightning_init.monitor.layout import Layout
+from lightning_init.monitor.central import shifted_to
+from lightning_init.monitor.layout import VectorLayout
 from lightning_init.monitor.ranks import reduce_
-from lightning_init.monitor.tap import Record
+from lightning_init.monitor.tap import LayerRecord
 
 
-class Second:
+class SecondPass:
     """What has to wait for the first sum: fourth powers about the common mean, and a maximum.
 
     Args:
@@ -22,7 +22,7 @@ class Second:
         records: of this rank, empty if it has failed. It takes part all the same.
     """
 
-    def __init__(self, stats: Sequence[str], layout: Layout, records: Mapping[str, Record]) -> None:
+    def __init__(self, stats: Sequence[str], layout: VectorLayout, records: Mapping[str, LayerRecord]) -> None:
         self.largest: Tensor | None = None  # [layers]
         self.fourth: Tensor | None = None  # Σ(x - mean)⁴, [layers]
         self._stats, self._layout, self._records = stats, layout, records
@@ -54,10 +54,10 @@ class Second:
         values, means = self._zeros(), self._layout.means(total)
         for i, record in self._found():
             if record.central is not None:
-                values[i] = about(record.central, means[i])[2]
+                values[i] = shifted_to(record.central, means[i])[2]
         return values
 
-    def _found(self) -> list[tuple[int, Record]]:
+    def _found(self) -> list[tuple[int, LayerRecord]]:
         return [(i, self._records[name]) for i, name in enumerate(self._layout.layers) if name in self._records]
 
     def _zeros(self) -> Tensor:

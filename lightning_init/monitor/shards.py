@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
-class Share(NamedTuple):
+class UnitShard(NamedTuple):
     """The units ``offset`` to ``offset + held`` of ``total``."""
 
     held: int
@@ -27,16 +27,16 @@ def local_part(tensor: Tensor) -> Tensor | None:
     return None if any(placement.is_partial() for placement in tensor.placements) else tensor.to_local()
 
 
-def share_of(tensor: DTensor, dim: int) -> Share:
+def unit_shard_of(tensor: DTensor, dim: int) -> UnitShard:
     """Which entries along ``dim`` this rank holds.
 
     The function behind it is private, and the only one that knows every placement, strided shards included.
     """
     held, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Share(held[dim], offset[dim], tensor.shape[dim])
+    return UnitShard(held[dim], offset[dim], tensor.shape[dim])
 
 
-def share_by_weights(module: nn.Module, units: int) -> Share | None:
+def unit_shard_from_weights(module: nn.Module, units: int) -> UnitShard | None:
     """Which units a column-parallel module computes here; None if its own parameters are not split by units.
 
     To be asked while the forward pass has the weights: FSDP2 splits them otherwise, for reasons of its own.
@@ -44,7 +44,7 @@ def share_by_weights(module: nn.Module, units: int) -> Share | None:
     for parameter in module.parameters(recurse=False):
         if isinstance(parameter, DTensor):
             for dim, size in enumerate(parameter.shape):
-                share = share_of(parameter, dim)
+                share = unit_shard_of(parameter, dim)
                 if size == units and share.held < size:
                     return share
     return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_init.moments import Number, is_quick, observe, waits
+from lightning_init.moments import Number, has_fast_path, moments_of, needs_device_sync
 
 _SMALL = 1 << 13
 """Elements up to which tensors are squared together, where the calls cost more than the numbers."""
@@ -22,12 +22,12 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
     small: list[tuple[int, Tensor]] = []
     copies = [world_size] * len(tensors)
     for i, tensor in enumerate(tensors):
-        quick = is_quick(tensor)
+        quick = has_fast_path(tensor)
         if not quick:
             tensor, copies[i] = _held(tensor, world_size)
-            quick = is_quick(tensor)
+            quick = has_fast_path(tensor)
         if quick or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
-            sums[i] = observe(tensor).squares
+            sums[i] = moments_of(tensor).squares
         else:
             small.append((i, tensor))
     for group in _groups(small):
@@ -35,7 +35,9 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
         sizes = torch.tensor([tensor.numel() for _, tensor in group], device="cpu")
         lengths = sizes.to(flat.device, non_blocking=True)  # or it would wait for the backward pass
         together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)  # unsafe: lengths unread
-        sums.update(zip((i for i, _ in group), together.unbind() if waits(flat) else together.tolist(), strict=True))
+        sums.update(
+            zip((i for i, _ in group), together.unbind() if needs_device_sync(flat) else together.tolist(), strict=True)
+        )
     return [sums[i] / copies[i] for i in range(len(tensors))]
 
 

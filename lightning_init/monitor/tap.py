@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init.moments import Moments, Number, merge, observe, scale
-from lightning_init.monitor.central import Central, merge_central, observe_central
+from lightning_init.moments import Moments, Number, merge, moments_of, scale
+from lightning_init.monitor.central import CentralMoments, central_moments_of, merge_central
 from lightning_init.monitor.extras import ADDITIVE, largest
 from lightning_init.monitor.hooks import GradientHook, Hook
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.outputs import first_floating
-from lightning_init.monitor.shards import Share, local_part
+from lightning_init.monitor.shards import UnitShard, local_part
 from lightning_init.monitor.units import UnitFinder
 
 
 @dataclass(slots=True)
-class Record:
+class LayerRecord:
     """What one layer has shown since the tap was emptied.
 
     Attributes:
@@ -39,10 +39,10 @@ class Record:
     gradients: Moments | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     largest: Tensor | None = None
-    central: Central | None = None
+    central: CentralMoments | None = None
 
 
-class Tap:
+class ActivationCollector:
     """Hooks on layers, the records they fill, and the two switches that say what counts.
 
     ``partial`` names layers whose outputs or gradients were sums that ranks have not made, ``childs`` those that
@@ -67,25 +67,25 @@ class Tap:
         self.with_gradients = "gradient_variance" in stats
         self._looks = {stat: ADDITIVE[stat].measure for stat in stats if stat in ADDITIVE}
         self._with_largest, self._with_central = "activation_max" in stats, "kurtosis" in stats
-        self.records: dict[str, Record] = {}  # in the order of their first call
-        self.forward_counts: Callable[[], bool] = lambda: False
+        self.records: dict[str, LayerRecord] = {}  # in the order of their first call
+        self.should_record: Callable[[], bool] = lambda: False
         self.gradient_factor: Number | None = None
-        self.strays = 0
+        self.unannounced_gradients = 0
         self.partial: dict[str, None] = {}
-        self.childs: dict[str, None] = {}
+        self.returned_child_output: dict[str, None] = {}
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
-        self._weights_hooks = [Hook(layer, self.saw_weights, on_fault) for layer in spread]
-        self._output_hooks = [Hook(layer, self.saw_output, on_fault) for layer in self.layers]
-        self._gradient_hooks = {layer: GradientHook(layer, self.saw_gradient, on_fault) for layer in self.layers}
+        self._weights_hooks = [Hook(layer, self.note_weight_shards, on_fault) for layer in spread]
+        self._output_hooks = [Hook(layer, self.record_output, on_fault) for layer in self.layers]
+        self._gradient_hooks = {layer: GradientHook(layer, self.record_gradient, on_fault) for layer in self.layers}
         self._units = UnitFinder()
         self._bases: dict[int, weakref.ref[Tensor]] = {}
         self._memory: dict[str, Number] = {}  # sums to write over, but for those of a record in use
 
-    def attach(self, forward_counts: Callable[[], bool] = lambda: True) -> None:
-        """Put a hook on every layer. ``forward_counts`` is asked at each call whether outputs count now."""
+    def attach(self, should_record: Callable[[], bool] = lambda: True) -> None:
+        """Put a hook on every layer. ``should_record`` is asked at each call whether outputs count now."""
         self.detach()
-        self.forward_counts = forward_counts
+        self.should_record = should_record
         for hook in self._output_hooks:
             self._handles.append(hook.layer.module.register_forward_hook(hook))
         for before in self._weights_hooks:
@@ -105,48 +105,50 @@ class Tap:
         """Whether hooks are on the model."""
         return bool(self._handles)
 
-    def empty(self) -> dict[str, Record]:
+    def drain(self) -> dict[str, LayerRecord]:
         """Hand over the records and start again."""
-        records, self.records, self.strays = self.records, {}, 0
+        records, self.records, self.unannounced_gradients = self.records, {}, 0
         return records
 
-    def reuse(self, records: dict[str, Record]) -> None:
+    def reuse(self, records: dict[str, LayerRecord]) -> None:
         """Records that were handed over are packed: their memory serves the next step's."""
         for name, record in records.items():
             for moments in record.outputs.values():
                 self._memory[name] = moments.sums
 
-    def saw_weights(self, layer: Layer, module: nn.Module, args: Any) -> None:
+    def note_weight_shards(self, layer: Layer, module: nn.Module, args: Any) -> None:
         """A layer whose weights are spread over ranks is about to be called."""
-        self._units.see_weights(layer)
+        self._units.note_weight_shards(layer)
 
-    def saw_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+    def record_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
         """One call of a layer has returned ``output``."""
         recomputed = in_backward_pass()
-        if not (recomputed or self.forward_counts()):
+        if not (recomputed or self.should_record()):
             return
         tensor = first_floating(output)
         if tensor is None:
             return
         if layer.name in self._outer and self._units.is_output_of_child(layer, tensor):
-            self.childs.setdefault(layer.name)
+            self.returned_child_output.setdefault(layer.name)
             return
         if not recomputed:
             self._count(layer, args, tensor)
         if self.with_gradients and tensor.requires_grad:
             self._listen(layer, tensor)
 
-    def saw_gradient(self, layer: Layer, gradient: Tensor) -> None:
+    def record_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """d loss / d output of one call, as the backward pass left it: scaled, and this rank's."""
         factor = self.gradient_factor
         if factor is None:
-            self.strays += 1  # torch.autograd.grad inside the forward pass, or a backward nobody announced
+            self.unannounced_gradients += (
+                1  # torch.autograd.grad inside the forward pass, or a backward nobody announced
+            )
             return
         values = gradient if type(gradient) is Tensor else local_part(gradient)
         if values is None:
             self.partial.setdefault(layer.name)
             return
-        moments = scale(observe(values), factor)
+        moments = scale(moments_of(values), factor)
         record = self.records.get(layer.name) or self._new_record(layer)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
@@ -159,7 +161,7 @@ class Tap:
         record = self.records.get(layer.name) or self._new_record(layer)
         if dim is None:
             values, dim = values.reshape(1), 0
-        moments = observe(values, dim, None if record.outputs else self._memory.pop(layer.name, None))
+        moments = moments_of(values, dim, None if record.outputs else self._memory.pop(layer.name, None))
         if share.held < share.total:
             moments = _placed(moments, share)
         before = record.outputs.get(share.total)
@@ -167,11 +169,11 @@ class Tap:
         if self._looks or self._with_largest or self._with_central:
             self._look(layer, record, values)
 
-    def _new_record(self, layer: Layer) -> Record:
-        record = self.records[layer.name] = Record()
+    def _new_record(self, layer: Layer) -> LayerRecord:
+        record = self.records[layer.name] = LayerRecord()
         return record
 
-    def _look(self, layer: Layer, record: Record, values: Tensor) -> None:
+    def _look(self, layer: Layer, record: LayerRecord, values: Tensor) -> None:
         """Measure what was asked for on request."""
         for stat, measure in self._looks.items():
             found = measure(layer, values)
@@ -181,7 +183,7 @@ class Tap:
             found = largest(values)
             record.largest = found if record.largest is None else torch.maximum(record.largest, found)
         if self._with_central:
-            central = observe_central(values)
+            central = central_moments_of(values)
             record.central = merge_central(record.central, central) if record.central else central
 
     def _listen(self, layer: Layer, tensor: Tensor) -> None:
@@ -202,12 +204,12 @@ class Tap:
                 tensor = base
         node = tensor.grad_fn
         if node is None:  # a module that hands out its parameter: it outlives the batch, and so would the hook
-            hook = Hook(layer, self.saw_gradient, self._on_fault)
+            hook = Hook(layer, self.record_gradient, self._on_fault)
             self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
-        elif (place := tensor.output_nr) == 0:
+        elif (output_nr := tensor.output_nr) == 0:
             node.register_prehook(self._gradient_hooks[layer])
         else:
-            node.register_prehook(GradientHook(layer, self.saw_gradient, self._on_fault, place))
+            node.register_prehook(GradientHook(layer, self.record_gradient, self._on_fault, output_nr))
 
 
 def _with_layers_inside(layers: Iterable[Layer]) -> set[str]:
@@ -216,7 +218,7 @@ def _with_layers_inside(layers: Iterable[Layer]) -> set[str]:
     return {name for path in paths for name in itertools.accumulate(path, "{}.{}".format)}
 
 
-def _placed(moments: Moments, share: Share) -> Moments:
+def _placed(moments: Moments, share: UnitShard) -> Moments:
     """Moments of some units, as moments of all: the others are other ranks' and zero here."""
     assert isinstance(moments.sums, Tensor)
     sums = moments.sums.new_zeros(share.total)

@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from lightning_init.monitor.layers import Layer
 from lightning_init.monitor.outputs import UnitRule, first_floating, unit_dim, unit_rule
-from lightning_init.monitor.shards import Share, share_by_weights, share_of
+from lightning_init.monitor.shards import UnitShard, unit_shard_from_weights, unit_shard_of
 
 
 class _Units(NamedTuple):
     """The dimension of an output's units, None for a scalar; which they are; what that says of the next layer's."""
 
     dim: int | None
-    share: Share
+    share: UnitShard
     rule: UnitRule
 
 
@@ -42,7 +42,7 @@ class UnitFinder:
 
     def __init__(self) -> None:
         self._rules: dict[str, UnitRule] = {}
-        self._weights: dict[str, Share | None] = {}
+        self._weights: dict[str, UnitShard | None] = {}
         self._seen: dict[int, _Seen] = {}
         self._latest: _Seen | None = None
 
@@ -51,12 +51,12 @@ class UnitFinder:
         self._seen.clear()
         self._latest = None
 
-    def see_weights(self, layer: Layer) -> None:
+    def note_weight_shards(self, layer: Layer) -> None:
         """Look at weights that are spread over ranks, when the forward pass is about to use them."""
         units = self._rule(layer).units
-        self._weights[layer.name] = share_by_weights(layer.module, units) if units else None
+        self._weights[layer.name] = unit_shard_from_weights(layer.module, units) if units else None
 
-    def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, Share]:
+    def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, UnitShard]:
         """The dimension of the units of ``tensor``, None for a scalar, and which units they are; remembered."""
         rule, share = self._rule(layer), self._weights.get(layer.name)
         if rule.units is None and layer.activation and (before := self._predecessor(args)):
@@ -93,18 +93,18 @@ class UnitFinder:
 def _whole(shape: torch.Size, rule: UnitRule) -> _Units:
     """Of an output that has all units. Remembered: a layer's outputs have the same shape at every logged step."""
     if not shape:
-        return _Units(None, Share(1, 0, 1), UnitRule(1))
+        return _Units(None, UnitShard(1, 0, 1), UnitRule(1))
     dim = unit_dim(shape, rule)
-    return _units(dim, Share(shape[dim], 0, shape[dim]), len(shape))
+    return _units(dim, UnitShard(shape[dim], 0, shape[dim]), len(shape))
 
 
-def _units_of(tensor: Tensor, rule: UnitRule, share: Share | None) -> _Units:
+def _units_of(tensor: Tensor, rule: UnitRule, share: UnitShard | None) -> _Units:
     """Of any output; ``share`` is what this rank has of the units by what was seen before it."""
     if tensor.dim() == 0:
         return _whole(tensor.shape, rule)
     if isinstance(tensor, DTensor):  # has all units, wherever they are
         dim = unit_dim(tensor.shape, rule)
-        return _units(dim, share_of(tensor, dim), tensor.dim())
+        return _units(dim, unit_shard_of(tensor, dim), tensor.dim())
     if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
         dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
         if tensor.shape[dim] == share.held:
@@ -112,5 +112,5 @@ def _units_of(tensor: Tensor, rule: UnitRule, share: Share | None) -> _Units:
     return _whole(tensor.shape, rule)
 
 
-def _units(dim: int, share: Share, num_dims: int) -> _Units:
+def _units(dim: int, share: UnitShard, num_dims: int) -> _Units:
     return _Units(dim, share, UnitRule(share.total, dim - num_dims))

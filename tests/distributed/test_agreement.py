@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_init import InitReport, Rule, initialize
-from lightning_init.initialization.agreement import agree, ask_all_ranks
+from lightning_init.initialization.agreement import agree, all_gather_object
 from lightning_init.initialization.values import Measured
 from tests.distributed.harness import run_ranks
 
@@ -83,7 +83,7 @@ def test_other_parameters_are_named_on_every_rank(names: list[list[str]], first:
 
 
 def answers() -> list[object]:
-    return ask_all_ranks({"rank": dist.get_rank()})
+    return all_gather_object({"rank": dist.get_rank()})
 
 
 def test_every_rank_hears_every_answer_in_order() -> None:

@@ -55,9 +55,9 @@ def fit_with_fault(target: str | None, broken_rank: int, from_call: int) -> tupl
 FAULTS = [
     # target, what it is called, calls that go well: none, or those of the first step on one rank
     ("lightning_init.callbacks.monitor.find_layers", "finding the layers", (0,)),
-    ("lightning_init.monitor.tap.observe", "hook on layer 'network.0'", (0, 10)),
+    ("lightning_init.monitor.tap.moments_of", "hook on layer 'network.0'", (0, 10)),
     ("lightning_init.monitor.norms.sums_of_squares", "on_before_optimizer_step", (0, 1)),
-    ("lightning_init.monitor.layout.Layout.pack", "packing", (0, 1)),
+    ("lightning_init.monitor.layout.VectorLayout.pack", "packing", (0, 1)),
 ]
 
 
@@ -87,7 +87,10 @@ def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: 
 
 @pytest.mark.parametrize(
     ("target", "where"),
-    [("lightning_init.monitor.board.Board.write", "writing"), ("lightning_init.monitor.recorder.Reading", "reading")],
+    [
+        ("lightning_init.monitor.board.Board.write", "writing"),
+        ("lightning_init.monitor.recorder.StepResult", "reading"),
+    ],
 )
 def test_a_fault_behind_the_collective(target: str, where: str) -> None:
     """Rank zero says it at once; the others hear of it at the next logged step."""
@@ -100,7 +103,7 @@ def test_a_fault_behind_the_collective(target: str, where: str) -> None:
 
 def test_a_fault_behind_the_collective_on_another_rank() -> None:
     """Rank one's own reading fails in the second step: rank zero has that step, and learns of it in the third."""
-    (said, measured, _), _ = run_ranks(fit_with_fault, 2, "lightning_init.monitor.recorder.Reading", 1, 1)
+    (said, measured, _), _ = run_ranks(fit_with_fault, 2, "lightning_init.monitor.recorder.StepResult", 1, 1)
     assert [message.rpartition("goes on. ")[2] for message in said] == ["rank 1: reading: RuntimeError: bad luck"]
     assert measured == 2
 

@@ -91,13 +91,13 @@ def without_dropout(model: nn.Module) -> None:
 def test_every_layer_is_reported(name: str) -> None:
     (steps, said), (_, others) = run_ranks(monitored, 2, name)
     assert sorted(steps) == [0, 1, 2]
-    not_called, childs = NOT_CALLED.get(name, []), RETURN_THEIR_CHILDS.get(name, [])
+    not_called, returned_child_output = NOT_CALLED.get(name, []), RETURN_THEIR_CHILDS.get(name, [])
     assert others == []
     assert [re.findall(r"'model\.(.*?)'", message) for message in said] == ([not_called] if not_called else [])
 
     model = build(name)
     without_dropout(model)
-    layers = [layer for layer in find_layers(model) if layer.name not in not_called + childs]
+    layers = [layer for layer in find_layers(model) if layer.name not in not_called + returned_child_output]
     names = [layer.name for layer in layers]
     assert {tag for tag in steps[0] if tag.startswith("activation_variance")} == {
         f"activation_variance/model.{n}" for n in names
@@ -116,7 +116,11 @@ def test_every_layer_is_reported(name: str) -> None:
     )
     # an owner's own norm only: the oracle's has its children's too
     owners = {layer.name for layer in layers if any(layer.module.children())}
-    actual = {tag: value for tag, value in steps[2].items() if tag.partition("/model.")[2] not in not_called + childs}
+    actual = {
+        tag: value
+        for tag, value in steps[2].items()
+        if tag.partition("/model.")[2] not in not_called + returned_child_output
+    }
     for tag in [f"gradient_norm/model.{owner}" for owner in owners]:
         assert (tag in actual) == (tag in expected)
         expected.pop(tag, None), actual.pop(tag, None)

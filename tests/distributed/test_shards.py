@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_init.monitor.layers import find_layers
-from lightning_init.monitor.shards import local_part, share_by_weights, share_of
-from lightning_init.monitor.tap import Tap
+from lightning_init.monitor.shards import local_part, unit_shard_from_weights, unit_shard_of
+from lightning_init.monitor.tap import ActivationCollector
 from tests.distributed.harness import run_ranks
 
 
@@ -26,7 +26,7 @@ def shares() -> dict[str, Any]:
         local = local_part(spread)
         assert local is not None
         for dim in range(2):
-            share = share_of(spread, dim)
+            share = unit_shard_of(spread, dim)
             wanted = numbers.narrow(dim, share.offset, share.held)
             assert share.total == numbers.shape[dim]
             assert {*local.flatten().tolist()} <= {*wanted.flatten().tolist()}
@@ -34,9 +34,9 @@ def shares() -> dict[str, Any]:
     column, row = nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
     parallelize_module(column, init_device_mesh("cpu", (4,)), ColwiseParallel())
     parallelize_module(row, init_device_mesh("cpu", (4,)), RowwiseParallel())
-    found["column"] = share_by_weights(column, 6)
-    found["row"] = share_by_weights(row, 4)
-    found["plain"] = share_by_weights(nn.Linear(3, 4), 4)
+    found["column"] = unit_shard_from_weights(column, 6)
+    found["row"] = unit_shard_from_weights(row, 4)
+    found["plain"] = unit_shard_from_weights(nn.Linear(3, 4), 4)
     return found
 
 
@@ -60,7 +60,7 @@ class Summand(nn.Module):
 
 def tapped_summand() -> tuple[list[str], list[str], bool]:
     network = nn.Sequential(Summand())
-    tap = Tap(find_layers(network), [], on_fault=lambda name, error: print(name, error))
+    tap = ActivationCollector(find_layers(network), [], on_fault=lambda name, error: print(name, error))
     tap.attach()
     output = network(torch.ones(2, 3))
     assert local_part(output) is None

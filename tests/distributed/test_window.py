@@ -18,7 +18,7 @@ from lightning_init.initialization.draw import Block
 from tests.distributed.harness import run_ranks
 from tests.weights import Weights, assert_same, weights_of
 
-Layout = tuple[tuple[int, ...], list[Placement]]
+VectorLayout = tuple[tuple[int, ...], list[Placement]]
 SEED = 11
 
 
@@ -42,7 +42,7 @@ def expected(scheme: str, dtype: torch.dtype = torch.float32) -> Weights:
     return weights_of(net)
 
 
-def distributed(layout: Layout, scheme: str, dtype: torch.dtype) -> Weights:
+def distributed(layout: VectorLayout, scheme: str, dtype: torch.dtype) -> Weights:
     mesh_shape, placements = layout
     mesh = init_device_mesh("cpu", mesh_shape)
     net = Net().to(dtype)
@@ -58,7 +58,7 @@ def distributed(layout: Layout, scheme: str, dtype: torch.dtype) -> Weights:
     return weights_of(net)
 
 
-LAYOUTS: list[Layout] = [
+LAYOUTS: list[VectorLayout] = [
     ((2,), [Shard(0)]),
     ((2,), [Shard(1)]),
     ((4,), [Shard(0)]),
@@ -71,7 +71,7 @@ LAYOUTS: list[Layout] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("scheme", "dtype"), [("he_normal", torch.float32), ("orthogonal", torch.bfloat16)], ids=str)
-def test_shards_put_together_are_the_whole(layout: Layout, scheme: str, dtype: torch.dtype) -> None:
+def test_shards_put_together_are_the_whole(layout: VectorLayout, scheme: str, dtype: torch.dtype) -> None:
     world_size = int(torch.tensor(layout[0]).prod())
     for weights in run_ranks(distributed, world_size, layout, scheme, dtype):
         assert_same(weights, expected(scheme, dtype))
