@@ -12,7 +12,7 @@ PYTHON ?=
 install: $(STAMP)
 
 # The first Python with venv for which the pins exist (3.11 on); PYTHON=/path/to/python overrides the search.
-$(STAMP): pyproject.toml constraints.txt lightning_init/_sums.c lightning_init/_blocks.h
+$(STAMP): pyproject.toml constraints.txt lightning_init/native/_sums.c lightning_init/native/_blocks.h
 	@rm -f $@
 	@set -e; \
 	for python in $(PYTHON) python3.11 python3.12 python3.13 python3; do \
@@ -48,4 +48,4 @@ picture: $(STAMP)
 	$(BIN)/python -m examples.picture runs/digits/torch_default runs/digits/he_normal --out docs/tensorboard.png
 
 clean:
-	rm -rf .venv build lightning_init/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf .venv build lightning_init/native/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -35,8 +35,8 @@ from benchmarks.nets import CASES, OPTIMIZERS, TINY_CASES, Case, Classifier
 from benchmarks.stopwatch import Times, clock
 from benchmarks.watchers import WATCHERS, missing
 from lightning_init import initialize
-from lightning_init.monitor.board import Board
-from lightning_init.monitor.stats import DEFAULT_STATS
+from lightning_init.monitor.statistics import DEFAULT_STATS
+from lightning_init.show.loggers import Board
 
 LEGEND = (
     "Whole training steps over the same steps unwatched: with every step logged · with every {}th logged.\n"

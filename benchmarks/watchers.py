@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init import ActivationVarianceMonitor, moments
+from lightning_init import ActivationVarianceMonitor, native
 
 
 class Monitor:
@@ -34,13 +34,13 @@ class Monitor:
 class MonitorInTorch(Monitor):
     """The same as it is where the package was installed without a C compiler."""
 
-    compiled = moments._sums
+    compiled = native.sums
 
     def start(self, module: LightningModule) -> None:
-        moments._sums = None  # type: ignore[assignment]
+        native.sums = None  # type: ignore[assignment]
 
     def stop(self, module: LightningModule) -> None:
-        moments._sums = self.compiled
+        native.sums = self.compiled
 
 
 class NaiveHooks(Callback):

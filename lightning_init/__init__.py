@@ -2,8 +2,16 @@
 
 from lightning_init.callbacks.init import InitCallback
 from lightning_init.callbacks.monitor import ActivationVarianceMonitor
-from lightning_init.cli import InitCLI
-from lightning_init.initialization.distributions import (
+from lightning_init.cli.init_cli import InitCLI
+from lightning_init.initialization.initialize import initialize, plan
+from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.report import InitReport
+from lightning_init.initialization.rules import Rule
+from lightning_init.introspect.role import Role
+from lightning_init.introspect.roles import fans_of, register
+from lightning_init.monitor.observe import observe
+from lightning_init.monitor.statistics import LayerStats
+from lightning_init.schemes.distributions import (
     Constant,
     Distribution,
     Normal,
@@ -11,15 +19,9 @@ from lightning_init.initialization.distributions import (
     TruncatedNormal,
     Uniform,
 )
-from lightning_init.initialization.fans import Fans
-from lightning_init.initialization.gains import gain_of
-from lightning_init.initialization.initialize import initialize, plan
-from lightning_init.initialization.plan import Assignment
-from lightning_init.initialization.report import InitReport
-from lightning_init.initialization.role import Role
-from lightning_init.initialization.roles import fans_of, register
-from lightning_init.initialization.rules import Rule
-from lightning_init.initialization.schemes import (
+from lightning_init.schemes.fans import Fans
+from lightning_init.schemes.gains import gain_of
+from lightning_init.schemes.named import (
     SCHEMES,
     FanScheme,
     SchemeName,
@@ -28,7 +30,7 @@ from lightning_init.initialization.schemes import (
     TorchDefault,
     VarianceScaling,
 )
-from lightning_init.initialization.structured import (
+from lightning_init.schemes.structured import (
     DeltaOrthogonal,
     Identity,
     Orthogonal,
@@ -36,8 +38,6 @@ from lightning_init.initialization.structured import (
     StructuredScheme,
     ZerO,
 )
-from lightning_init.monitor.observe import observe
-from lightning_init.monitor.stats import LayerStats
 
 __all__ = [
     "SCHEMES",

@@ -1,1 +1,1 @@
-"""The two Lightning callbacks: lifecycle only, no mathematics."""
+"""The two Lightning callbacks: lifecycle only."""

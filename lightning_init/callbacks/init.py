@@ -11,17 +11,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
-from lightning_init.callbacks import host
+from lightning_init.callbacks import _lightning
 from lightning_init.checks import check_choice
-from lightning_init.initialization.agreement import all_gather_object
-from lightning_init.initialization.distributions import Scheme
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.plan import MODULE_TYPE_UNKNOWN, make_plan
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.schemes import SchemeName
-from lightning_init.initialization.signs import signs_of_training
+from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init.initialization.verify import all_gather_object
 from lightning_init.initialization.write import summon_fsdp1_parameters
+from lightning_init.schemes.distributions import Scheme
+from lightning_init.schemes.named import SchemeName
 
 When = Literal["fresh", "always"]
 
@@ -74,19 +74,19 @@ class InitCallback(Callback):
         """Refuse strategies that would lose the weights; go ahead of callbacks that train before fit."""
         if stage != "fit":
             return
-        if host.is_deepspeed(trainer):
+        if _lightning.is_deepspeed(trainer):
             raise ValueError(
                 "InitCallback does not work with DeepSpeed: it trains copies of the weights made before fit starts, "
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
-        host.move_ahead_of_finders(trainer, self)
-        host.watch_for_meta(pl_module)
+        _lightning.move_ahead_of_finders(trainer, self)
+        _lightning.watch_for_meta(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
-        end_meta_watch = host.end_meta_watch(pl_module)
+        end_meta_watch = _lightning.end_meta_watch(pl_module)
         if self._when == "fresh":
-            if self._is_settled(pl_module) or host.restores_weights_before_fit_start(trainer):
+            if self._is_settled(pl_module) or _lightning.restores_weights_before_fit_start(trainer):
                 self._settle(pl_module)
                 return
             if not end_meta_watch:
@@ -96,16 +96,16 @@ class InitCallback(Callback):
         self._last_seed = self._agreed_seed(trainer)
         self.report = carry_out(pl_module, self._request, self._last_seed)
         self._settle(pl_module)
-        host.refresh_averages(trainer, pl_module)
+        _lightning.refresh_averages(trainer, pl_module)
         self._announce(trainer, self.report)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module, also where fit never started."""
-        host.end_meta_watch(pl_module)
+        _lightning.end_meta_watch(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which does not run then."""
-        host.end_meta_watch(pl_module)
+        _lightning.end_meta_watch(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Weights that come from a checkpoint stay."""

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_init.callbacks import loop
-from lightning_init.callbacks.run import FitSession
+from lightning_init.callbacks import _lightning
+from lightning_init.callbacks.session import FitSession
 from lightning_init.checks import check_list
-from lightning_init.monitor.board import Board
-from lightning_init.monitor.layers import find_layers, select_layers
+from lightning_init.introspect.layers import find_layers, select_layers
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
+from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
+from lightning_init.show.loggers import Board
 
 P = ParamSpec("P")
 
@@ -121,11 +121,11 @@ class ActivationVarianceMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers. Wrong globs stop here; nothing is attached before a logged step begins."""
         self._end_run()
-        interval = loop.logging_interval(trainer) if self.every_n_steps is None else self.every_n_steps
+        interval = _lightning.logging_interval(trainer) if self.every_n_steps is None else self.every_n_steps
         if interval == 0:
             rank_zero_warn("ActivationVarianceMonitor is off, because the Trainer's log_every_n_steps is 0.")
             return
-        if reason := loop.why_nothing_is_written(trainer):
+        if reason := _lightning.why_nothing_is_written(trainer):
             rank_zero_warn(f"ActivationVarianceMonitor only fills its .latest, because {reason}.")
         device = trainer.strategy.root_device
         try:
@@ -142,7 +142,7 @@ class ActivationVarianceMonitor(Callback):
     ) -> None:
         """Begin to listen if this micro-batch belongs to a logged step."""
         run.stop_listening()
-        step = loop.step_number(trainer)
+        step = _lightning.step_number(trainer)
         if step % run.interval:
             run.step = None
             return
@@ -159,8 +159,8 @@ class ActivationVarianceMonitor(Callback):
         run.backward_announced = True
         if run.listening:
             run.forward_open = not pl_module.automatic_optimization
-            scale = loop.loss_scale(trainer)
-            share = 1.0 / loop.data_parallel_size(trainer)
+            scale = _lightning.loss_scale(trainer)
+            share = 1.0 / _lightning.data_parallel_size(trainer)
             run.recorder.collector.gradient_factor = share if scale is None else share / scale
 
     @_harmless
@@ -180,7 +180,7 @@ class ActivationVarianceMonitor(Callback):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
         def unscaling() -> float | Tensor:
-            scale = loop.loss_scale(trainer) if loop.unscales_in_step(optimizer) else None
+            scale = _lightning.loss_scale(trainer) if _lightning.unscales_in_step(optimizer) else None
             return 1.0 if scale is None else 1.0 / scale
 
         if run.recorder.norms.needs_post_step:
@@ -193,8 +193,8 @@ class ActivationVarianceMonitor(Callback):
     ) -> None:
         """Stop listening; after the last micro-batch of a logged step, exchange and write."""
         run.stop_listening()
-        step = loop.step_number(trainer)
-        if step != run.step or not loop.step_ends_with_this_batch(trainer):
+        step = _lightning.step_number(trainer)
+        if step != run.step or not _lightning.step_ends_with_this_batch(trainer):
             return
         run.step = None
         if run.recorder.collector.unannounced_gradients and not run.backward_announced:
@@ -239,7 +239,7 @@ class ActivationVarianceMonitor(Callback):
 
     def _publish(self, run: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         tags = stats.tags
-        if loop.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
+        if _lightning.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
             run.warn_once(
                 "overflow",
                 f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "

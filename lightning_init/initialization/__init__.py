@@ -1,1 +1,1 @@
-"""Which weights a model starts from: fans, gains, schemes, plan, draw, write, report."""
+"""From rules to new weights and their report: plan, draw, write, verify."""

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_init.checks import check_integer
-from lightning_init.initialization.agreement import agree
-from lightning_init.initialization.distributions import Scheme
+from lightning_init.initialization.draw import GENERIC_ROLE, Measured, matrix_of, stride_gain
 from lightning_init.initialization.plan import Assignment, make_plan
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.structured import StructuredScheme
-from lightning_init.initialization.values import GENERIC_ROLE, Measured, matrix_of, stride_gain
+from lightning_init.initialization.verify import agree
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
+from lightning_init.schemes.distributions import Scheme
+from lightning_init.schemes.structured import StructuredScheme
 
 ROUNDING = 1e-4
 """Relative difference of a std that storing values in 16 bits explains."""

@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _OrthMaps
 
-from lightning_init.initialization.distributions import Constant, Distribution, Normal, Scheme
-from lightning_init.initialization.fans import Fans
-from lightning_init.initialization.places import ParameterSite, parameter_sites, parametrizations_of, type_name
-from lightning_init.initialization.role import Role
-from lightning_init.initialization.roles import role_of
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.schemes import FanScheme, TorchDefault, name_of, scheme_of
-from lightning_init.initialization.structured import StructuredScheme
+from lightning_init.introspect.role import Role
+from lightning_init.introspect.roles import role_of
+from lightning_init.introspect.sites import ParameterSite, parameter_sites, parametrizations_of, type_name
+from lightning_init.schemes.distributions import Constant, Distribution, Normal, Scheme
+from lightning_init.schemes.fans import Fans
+from lightning_init.schemes.named import FanScheme, TorchDefault, name_of, scheme_of
+from lightning_init.schemes.structured import StructuredScheme
 
 MODULE_TYPE_UNKNOWN = "module type unknown"
 

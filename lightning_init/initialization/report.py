@@ -14,7 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lightning_init.initialization.fans import Fans
+from lightning_init.schemes.fans import Fans
 
 LINES = 10
 """Rows of the table on the console; the whole one goes to the logger."""

@@ -13,11 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from lightning_init.initialization.distributions import Distribution
-from lightning_init.initialization.draw import Block, one_thread_each, run_on_all_cores
-from lightning_init.initialization.places import ParameterSite, parametrizations_of, recomputing_hook_of, weight_norm_of
-from lightning_init.initialization.plan import Assignment
-from lightning_init.initialization.values import (
+from lightning_init.distributed.shards import LocalShard, local_shard_of
+from lightning_init.initialization.draw import (
     DrawChunk,
     Measured,
     block_jobs,
@@ -26,7 +23,10 @@ from lightning_init.initialization.values import (
     measure,
     stream_fingerprint,
 )
-from lightning_init.initialization.window import LocalShard, local_shard_of
+from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.streams import one_thread_each, run_on_all_cores
+from lightning_init.introspect.sites import ParameterSite, parametrizations_of, recomputing_hook_of, weight_norm_of
+from lightning_init.schemes.distributions import Distribution
 
 POWER_ITERATIONS = 15
 """As many as torch takes when a spectral norm is registered; training adds one at every step."""
@@ -175,7 +175,7 @@ def _zero_padding_row(assignment: Assignment) -> None:
         return
     shard = local_shard_of(site.parameter)
     width = math.prod(shard.whole_shape[1:])
-    overlap = shard.overlap(Block(row * width, (row + 1) * width, 0))
+    overlap = shard.overlap(row * width, (row + 1) * width)
     if overlap is not None:
         shard.local[overlap[0].start // shard.local[0].numel()] = 0
 

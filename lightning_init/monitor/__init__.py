@@ -1,1 +1,1 @@
-"""What a model does while it trains: layers, hooks, moments, norms, board."""
+"""From a layer's output to the statistics of a logged step: collect, add up over ranks, finish."""

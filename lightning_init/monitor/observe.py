@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lightning_init.checks import check_list
-from lightning_init.monitor.eager import EagerMoment
-from lightning_init.monitor.layers import find_layers, select_layers
-from lightning_init.monitor.ranks import world_size
+from lightning_init.distributed.ranks import world_size
+from lightning_init.introspect.layers import find_layers, select_layers
+from lightning_init.monitor.collector import EagerMoment
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.stats import LayerStats, StatName, chosen_stats
+from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
 
 _NEED_A_STEP = frozenset({"update_ratio", "gradient_norm_clipped"})
 

@@ -8,16 +8,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_init.monitor.extras import ADDITIVE
-from lightning_init.monitor.layers import Layer
-from lightning_init.monitor.layout import FAULT, FLAGS, UNKNOWN_SLOT, Slot, VectorLayout, in_one_order, slots_of
-from lightning_init.monitor.norms import ParameterNorms, whole_gradients
-from lightning_init.monitor.ranks import all_gather_object, world_size
-from lightning_init.monitor.reading import StepResult
-from lightning_init.monitor.second import SecondPass
-from lightning_init.monitor.state import PackedState
-from lightning_init.monitor.stats import LayerStats
-from lightning_init.monitor.tap import ActivationCollector, LayerRecord
+from lightning_init.distributed.ranks import all_gather_object, world_size
+from lightning_init.introspect.layers import Layer
+from lightning_init.monitor.collector import ActivationCollector, LayerRecord
+from lightning_init.monitor.exchange import (
+    FAULT,
+    FLAGS,
+    UNKNOWN_SLOT,
+    PackedState,
+    SecondPass,
+    Slot,
+    VectorLayout,
+    in_one_order,
+    slots_of,
+)
+from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
+from lightning_init.monitor.statistics import ADDITIVE, LayerStats
+from lightning_init.monitor.step_result import StepResult
 
 
 class _Hello(NamedTuple):
@@ -35,7 +42,7 @@ class Recorder:
 
     Args:
         layers: what to measure.
-        stats: which statistics, names of :data:`~lightning_init.monitor.stats.StatName` without "default".
+        stats: which statistics, names of :data:`~lightning_init.monitor.statistics.StatName` without "default".
         device: where the summed vector lives.
     """
 

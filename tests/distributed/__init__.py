@@ -1,1 +1,1 @@
-"""Tests that need several processes."""
+"""Tests of lightning_init/distributed."""

@@ -1,0 +1,1 @@
+"""The command line: LightningCLI with two more blocks, and errors of one line."""

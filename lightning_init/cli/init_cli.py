@@ -1,0 +1,123 @@
+"""LightningCLI with the two callbacks as blocks of the YAML and as flags; the ``lightning-init`` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_init.callbacks.init import InitCallback
+from lightning_init.callbacks.monitor import ActivationVarianceMonitor
+from lightning_init.cli.errors import explain
+from lightning_init.initialization.rules import Rule
+from lightning_init.schemes.distributions import Scheme
+
+BLOCKS: dict[str, type[Callback]] = {"init": InitCallback, "monitor": ActivationVarianceMonitor}
+"""The keys this CLI adds beside ``trainer``, ``model`` and ``data``, and the callback each one makes."""
+
+
+class InitArgumentParser(LightningArgumentParser):
+    """Reports a wrong argument in one line: what was given, what is allowed, what was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the line on stderr and exit with status 2.
+
+        Inner parsers, which only try whether one of several types fits, raise as jsonargparse expects.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        program = self.prog.replace(" [options]", "")
+        self.exit(2, f"{program}: error: {explain(message, self.known_keys())}\n")
+        raise SystemExit(2)  # pragma: no cover - exit() does not return; mypy cannot know
+
+    def known_keys(self) -> list[str]:
+        """Every dotted key of this parser and its subcommands, such as ``trainer.max_epochs``."""
+        keys = [action.dest for action in self._actions if action.option_strings]
+        for action in self._actions:
+            for parser in action.choices.values() if isinstance(action.choices, dict) else ():
+                keys += parser.known_keys()
+        return [key for key in dict.fromkeys(keys) if not key.endswith("help")]
+
+
+class InitCLI(LightningCLI):
+    """:class:`~lightning.pytorch.cli.LightningCLI` with an ``init`` and a ``monitor`` block.
+
+    Each block makes its callback with the arguments it lists; without a block (or with ``null``) there is
+    none. The same as flags: ``--init.scheme he_normal``, ``--monitor.every_n_steps 10``; ``--init`` and
+    ``--monitor`` alone stand for the defaults. A block takes the place of a callback of its class under
+    ``trainer.callbacks`` (and in ``trainer_defaults``), so the command line can change what a file has set.
+
+    Source: the flags follow https://lightning.ai/docs/pytorch/stable/cli/lightning_cli_expert.html.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take LightningCLI's arguments; only the default of ``parser_class`` differs."""
+        kwargs.setdefault("parser_class", InitArgumentParser)
+        super().__init__(*args, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the two blocks. They are optional types, not argument groups, which would always be made."""
+        for key, callback_class in BLOCKS.items():
+            parser.add_argument(
+                f"--{key}",
+                type=callback_class | None,
+                default=None,
+                nargs="?",
+                const={},
+                help=f"{callback_class.__name__}: its arguments as --{key}.NAME VALUE; off when not given",
+            )
+
+    def before_instantiate_classes(self) -> None:
+        """Let a constructor's refusal of an argument end in one line instead of a traceback."""
+        for made_from_config in (*BLOCKS.values(), Rule, Scheme):
+            self.parser.add_instantiator(self._construct, made_from_config, subclasses=True)
+        super().before_instantiate_classes()
+
+    def _construct(self, class_type: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return class_type(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            self._parser(self.subcommand).error(f"{class_type.__name__}: {error}", error)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer with the blocks' callbacks in place of others of the same class."""
+        blocks = {key: self._get(self.config_init, key) for key in BLOCKS}
+        made = [callback for callback in blocks.values() if callback is not None]
+        trainer = self._get(self.config_init, "trainer", default={})
+        listed = as_list(kwargs.pop("callbacks", trainer.get("callbacks")))
+        for key, callback in blocks.items():
+            if type(callback) in map(type, listed):
+                rank_zero_warn(f"`{key}` takes the place of the {type(callback).__name__} in trainer.callbacks")
+        listed = without(listed, made) + made
+        # Lightning appends these itself: two stateful callbacks of one class would raise there.
+        defaults = as_list(self.trainer_defaults.get("callbacks"))
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": without(defaults, listed)}
+        return super().instantiate_trainer(callbacks=listed, **kwargs)
+
+
+def without(callbacks: list[Callback], others: list[Callback]) -> list[Callback]:
+    """The callbacks, less those of our two classes that ``others`` has as well."""
+    taken = {type(other) for other in others} & set(BLOCKS.values())
+    return [callback for callback in callbacks if type(callback) not in taken]
+
+
+def as_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:
+    """What Lightning accepts for ``callbacks``, as a new list."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list) else [callbacks]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run ``lightning-init fit | validate | test | predict``; models and data are named by ``class_path``.
+
+    Classes next to the working directory can be named too, as with ``python -m``: a console script's own
+    directory, not the caller's, is on ``sys.path`` otherwise. Processes that Lightning starts for DDP come
+    through here as well.
+    """
+    sys.path.insert(0, os.getcwd())
+    InitCLI(args=args)

@@ -1,0 +1,91 @@
+"""Which modules are layers, in what order, under what names, and which parameters are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from lightning_init.checks import did_you_mean
+from lightning_init.introspect.activations import ActivationTraits, activation_of
+from lightning_init.introspect.names import clean_name
+
+_ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
+"""Modules whose parts never run by themselves: one layer with everything below it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A module whose output is measured.
+
+    Attributes:
+        name: the user's attribute path, without wrappers.
+        module: where the hook goes.
+        activation: what it does to numbers; None for a module with parameters.
+        parameters: its own parameters and those of parts that belong to it.
+    """
+
+    name: str
+    module: nn.Module
+    activation: ActivationTraits | None
+    parameters: tuple[nn.Parameter, ...]
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Every layer of ``model``, in registration order.
+
+    A layer is a module that owns parameters directly, or an activation module. The model itself is none.
+    Multi-head attention and recurrent networks are one layer each; ``parametrizations`` belong to their module.
+    """
+    layers: list[Layer] = []
+    inside: set[nn.Module] = set()  # parts of a layer, no layers themselves
+    for name, module in clean_modules(model):
+        if not name or module in inside:
+            continue
+        parts = _parts(module)
+        inside.update(parts)
+        own = [parameter for part in (module, *parts) for parameter in part.parameters(recurse=False)]
+        if own:
+            layers.append(Layer(name, module, None, tuple(dict.fromkeys(own))))
+        elif activation := activation_of(module):
+            layers.append(Layer(name, module, activation, ()))
+    return layers
+
+
+def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> list[Layer]:
+    """The layers whose name matches a glob of ``patterns``, in their order; all of them for None.
+
+    Raises:
+        ValueError: a pattern matches no layer.
+    """
+    if patterns is None:
+        return list(layers)
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(_no_match(pattern, names))
+    return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+
+
+def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` under the names a user wrote: a wrapper has the name of what it wraps."""
+    for path, module in model.named_modules():
+        yield clean_name(model, path) if path else "", module
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Modules below that belong to this layer."""
+    if isinstance(module, _ONE_LAYER):
+        return list(module.modules())[1:]
+    parametrizations = getattr(module, "parametrizations", None)
+    return list(parametrizations.modules()) if isinstance(parametrizations, nn.ModuleDict) else []
+
+
+def _no_match(pattern: str, names: list[str]) -> str:
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return (
+        f"layers: {pattern!r} matches no layer (*, ? and [] work as in file names). "
+        f"This model's layers are: {shown or 'none'}{did_you_mean(pattern, names)}"
+    )

@@ -1,0 +1,83 @@
+"""Normalisation layers: which modules are one, and where their scale starts."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_init.introspect.role import Role
+from lightning_init.schemes.distributions import Constant
+
+# LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
+_NORM_NAME = re.compile(r"Norm(?![a-z])")
+
+
+def norm_role(module: nn.Module, attribute: str) -> Role:
+    """A norm's bias starts at 0, its scale at 1, or at 0 where the module multiplies by 1 + scale."""
+    if attribute == "bias":
+        return Role("norm", Constant(0.0), starts_at_zero=True)
+    return Role("norm", Constant(0.0 if _scales_by_one_plus(module, attribute) else 1.0))
+
+
+def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
+    """Whether this is the 1-D ``weight`` or ``bias`` of a class that calls itself a norm."""
+    parameter = module._parameters.get(attribute)
+    return (
+        attribute in ("weight", "bias")
+        and parameter is not None
+        and parameter.ndim == 1
+        and any(_NORM_NAME.search(cls.__name__) for cls in type(module).__mro__)
+    )
+
+
+def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
+    """Whether a scale of 0 lets something through: Gemma's norm multiplies by 1 + scale.
+
+    The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
+    """
+    forward = type(module).forward
+    scale = module._parameters.get(attribute)
+    if scale is None or forward.__module__.startswith("torch.nn.") or module._modules:
+        return False
+    rows = torch.linspace(-1.0, 2.0, 2 * scale.numel(), device="cpu").view(2, -1)  # [batch, units]
+    for example in (rows, rows[:, :, None, None].expand(-1, -1, 2, 2)):  # channels last, channels first
+        output = _forward_with_zeros(module, example)
+        if output is not None:
+            return bool(output.abs().max() > 0)
+    return False
+
+
+def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
+    """``forward`` of a stand-in with zeros for its tensors; None if it raises.
+
+    A gate, or whatever else ``forward`` insists on, is the example too.
+    """
+    try:
+        stand_in = _stand_in(module)
+        required = [
+            parameter
+            for parameter in inspect.signature(stand_in.forward).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+        with torch.no_grad():
+            output = stand_in.forward(*[example] * len(required))
+    except Exception:  # any code may stand here, and all that failed is a look
+        return None
+    return output if isinstance(output, Tensor) else None
+
+
+def _stand_in(module: nn.Module) -> Any:
+    """The module's settings with zeros for its tensors: no hooks, shards or state of the module are touched."""
+    stand_in: Any = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__)
+    for group in ("_parameters", "_buffers"):
+        stand_in.__dict__[group] = {
+            name: None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            for name, tensor in module.__dict__[group].items()
+        }
+    return stand_in

@@ -1,0 +1,1 @@
+"""Everything that is looked at: loggers and TensorBoard's event files."""

@@ -1,0 +1,105 @@
+"""InitCallback in one process: when it has to initialise, and when it has to leave the weights alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_init import InitCallback
+from tests.support.lifecycle import (
+    EVERYWHERE,
+    EXPECTED_WARNINGS,
+    FINDERS,
+    NOT_SHARDED,
+    ONE_DEVICE,
+    Case,
+)
+from tests.support.lifecycle.setting import Setting, initialized, new_callback, small_conv_net
+from tests.support.models import DigitsModule
+from tests.support.trainers import make_trainer
+from tests.support.weights import assert_same, weights_of
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
+
+
+@pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED, *ONE_DEVICE], ids=lambda case: case.__name__)
+def test_on_one_device(case: Case, tmp_path: Path) -> None:
+    case(Setting("single", tmp_path))
+
+
+def test_the_callbacks_state_is_plain(tmp_path: Path) -> None:
+    """Lightning 2.6 loads checkpoints with weights_only=True: all but primitives and tensors fails."""
+    path, _ = Setting("single", tmp_path).trained(new_callback())
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("InitCallback"))
+    assert state
+
+
+def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path) -> None:
+    """Spawned processes get a pickled callback; its memory of the module must not stop them."""
+    setting, callback = Setting("single", tmp_path), new_callback()
+    setting.trainer(callback).fit(setting.model())
+    for other in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+        model = setting.model()
+        setting.trainer(other).fit(model)
+        assert_same(model.starts[0], initialized())
+
+
+class Pretrained(DigitsModule):
+    """Loads weights in ``__init__``, as ``from_pretrained`` does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(small_conv_net)
+        self.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+
+
+def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
+    setting = Setting("single", tmp_path)
+    trained = setting.model(small_conv_net)
+    trainer = setting.trainer()
+    trainer.fit(trained)
+    trainer.save_checkpoint(tmp_path / "pretrained.ckpt")
+    model = Pretrained(tmp_path / "pretrained.ckpt")
+    with pytest.raises(ValueError, match=r"num_batches_tracked(.|\n)*keep"):
+        setting.trainer(new_callback()).fit(model)
+    assert_same(weights_of(model), weights_of(trained))
+
+
+def test_fast_dev_run_initialises() -> None:
+    model: LightningModule = DigitsModule(small_conv_net)
+    make_trainer(fast_dev_run=True, callbacks=[new_callback()]).fit(model)
+    assert model.network[-1].bias.abs().max() < 0.01  # type: ignore[index,operator]  # 0 and one step of AdamW
+
+
+def test_without_a_seed_that_of_seed_everything_decides_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One callback object in a loop over seeds must not repeat the first run."""
+    setting, callback = Setting("single", tmp_path), InitCallback("he_normal")
+    for seed in ("5", "6"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        model = setting.model()
+        setting.trainer(callback).fit(model)
+        assert callback.report is not None
+        assert callback.report.seed == int(seed)
+        assert callback.state_dict() == {"seed": int(seed)}
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    setting.trainer(callback).fit(setting.model())
+    assert callback.report.seed == 6  # drawn or read once, then kept
+
+
+def test_a_terminal_that_lacks_the_reports_characters_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
+    setting, callback = Setting("single", tmp_path), new_callback()
+    setting.trainer(callback).fit(setting.model())
+    assert callback.report is not None
+    assert callback.report.title.encode() in raw.getvalue()

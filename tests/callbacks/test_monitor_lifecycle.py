@@ -1,0 +1,148 @@
+"""Nothing stays behind, however a fit ends."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder
+from torch import nn
+
+from lightning_init import ActivationVarianceMonitor
+from tests.support.models import DigitsMLP, digits
+from tests.support.monitored_fits import At, fit, hooks_of, raise_runtime_error
+from tests.support.oracle import MemoryLogger
+from tests.support.trainers import make_trainer
+
+
+def interrupt(module: LightningModule) -> None:
+    raise KeyboardInterrupt
+
+
+def terminate(module: LightningModule) -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def failing_step(module: LightningModule) -> None:
+    def step(*args: Any) -> None:
+        module.network(digits()[0][:4])  # type: ignore[operator]
+        raise RuntimeError("bad luck")
+
+    module.training_step = step
+
+
+@pytest.mark.parametrize(
+    ("event", "action"),
+    [
+        ("on_fit_start", raise_runtime_error),
+        ("on_fit_start", failing_step),
+        ("on_train_batch_start", raise_runtime_error),
+        ("on_before_backward", raise_runtime_error),
+        ("on_before_optimizer_step", interrupt),
+        ("on_train_batch_end", raise_runtime_error),
+        ("on_train_batch_start", terminate),
+        ("on_train_end", raise_runtime_error),
+    ],
+)
+@pytest.mark.parametrize("neighbour_first", [True, False])
+def test_no_hook_survives(event: str, action: Callable[[LightningModule], Any], neighbour_first: bool) -> None:
+    module, monitor, neighbour = DigitsMLP(), ActivationVarianceMonitor(1), At(event, action)
+    callbacks = [neighbour, monitor] if neighbour_first else [monitor, neighbour]
+    trainer = make_trainer(max_epochs=1, logger=MemoryLogger(), callbacks=callbacks)
+    with pytest.raises((RuntimeError, SystemExit)):
+        trainer.fit(module)
+    assert hooks_of(module) == []
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_no_hook_outside_of_logged_batches() -> None:
+    module, between = DigitsMLP(), []
+    spy = At("on_train_batch_start", lambda m: between.append(len(hooks_of(m))))
+    fit(module, ActivationVarianceMonitor(3), spy)
+    assert between == [5, 0, 0, 5, 0, 0, 5, 0]
+    assert hooks_of(module) == []
+
+
+def test_an_epoch_that_ends_in_the_middle_of_a_batch() -> None:
+    class Leaving(DigitsMLP):
+        def on_train_batch_start(self, batch: Any, batch_index: int) -> int | None:
+            return -1 if batch_index == 2 else None
+
+    between: list[int] = []
+    module = Leaving()
+    spy = At("on_train_epoch_start", lambda m: between.append(len(hooks_of(m))))
+    steps = fit(module, ActivationVarianceMonitor(1), spy, max_epochs=2)
+    assert sorted(steps) == [0, 1, 2, 3]
+    assert between == [0, 0]
+
+
+def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
+    saved: list[nn.Module] = []
+
+    def save(module: LightningModule) -> None:
+        assert hooks_of(module)
+        buffer = io.BytesIO()
+        torch.save(module.network, buffer)
+        saved.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
+        saved.append(copy.deepcopy(module.network))  # type: ignore[arg-type]
+        saved.append(pickle.loads(pickle.dumps(module.network)))
+
+    module = DigitsMLP()
+    before = copy.deepcopy(module.network)
+    fit(module, ActivationVarianceMonitor(1), At("on_train_batch_start", save), max_steps=1)
+    x = torch.randn(3, 64)
+    assert len(saved) == 3
+    assert all(torch.equal(twin(x), before(x)) for twin in saved)
+
+
+def test_the_callback_pickles_and_copies_also_during_a_fit() -> None:
+    twins: list[ActivationVarianceMonitor] = []
+    monitor = ActivationVarianceMonitor(2, layers=["network.*"], stats=["default"])
+
+    def twin(module: LightningModule) -> None:
+        twins.extend([copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))])
+
+    fit(DigitsMLP(), monitor, At("on_before_backward", twin), max_steps=1)
+    for other in twins:
+        assert (other.every_n_steps, other.layers, other.stats) == (2, ["network.*"], monitor.stats)
+        fit(DigitsMLP(), other, max_steps=1)
+        assert set(other.latest) == set(monitor.latest)
+
+
+def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: Path) -> None:
+    module = DigitsMLP()
+    trainer = make_trainer(max_steps=4, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(3)])
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    memory, monitor = MemoryLogger(), ActivationVarianceMonitor(3)
+    trainer = make_trainer(max_steps=8, logger=memory, callbacks=[monitor])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        trainer.fit(module, ckpt_path=tmp_path / "four.ckpt")
+    assert [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags] == [6]
+    assert sorted(fit(module, monitor)) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_finder_trains_ahead_and_is_forgotten(first: bool, tmp_path: Path) -> None:
+    """It trains inside on_fit_start, then puts the weights back."""
+    torch.manual_seed(0)
+    module = DigitsMLP(num_samples=128)
+    alone = fit(copy.deepcopy(module), ActivationVarianceMonitor(2))
+    finder, monitor = LearningRateFinder(num_training_steps=6), ActivationVarianceMonitor(2)
+    memory = MemoryLogger()
+    callbacks = [monitor, finder] if first else [finder, monitor]
+    trainer = make_trainer(max_epochs=1, logger=memory, callbacks=callbacks, default_root_dir=tmp_path)
+    trainer.fit(module)
+    watched = [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags]
+    assert watched == [0, 2]
+    assert {tag: value for tag, value in memory.steps[0].items() if "/" in tag} == alone[0]

@@ -1,0 +1,137 @@
+"""Statistics that need the optimizer's step, or that are no scalar, in real fits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from lightning_init import ActivationVarianceMonitor
+from lightning_init.monitor.statistics import EDGES
+from tests.support.models import DigitsMLP, digits, mlp
+from tests.support.oracle import BatchModule, MemoryLogger, cross_entropy, share_left_by_clipping
+from tests.support.trainers import make_trainer
+
+PIXELS, CLASSES = (tensor[:64] for tensor in digits())
+STEP_STATS: Any = ["gradient_norm", "gradient_norm_clipped", "weight_norm", "update_ratio"]
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return float(torch.cat([tensor.detach().double().flatten() for tensor in tensors]).norm())
+
+
+def expected_step(network: nn.Module, clip: float, rate: float) -> dict[str, float]:
+    """One step of SGD with its gradients clipped by norm, in float64."""
+    cross_entropy(network, (PIXELS[:32].double(), CLASSES[:32])).backward()
+    layers = {f"network.{name}": list(m.parameters()) for name, m in network.named_children() if list(m.parameters())}
+    layers["total"] = list(network.parameters())
+    gradients = {name: norm([p.grad for p in own if p.grad is not None]) for name, own in layers.items()}
+    share = share_left_by_clipping(gradients["total"], clip)
+    tags = {}
+    for name, own in layers.items():
+        tags[f"gradient_norm/{name}"] = gradients[name]
+        tags[f"gradient_norm_clipped/{name}"] = gradients[name] * share
+        tags[f"weight_norm/{name}"] = norm(own)  # type: ignore[arg-type]
+        tags[f"update_ratio/{name}"] = rate * gradients[name] * share / norm(own)  # type: ignore[arg-type]
+    return tags
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_before_and_after_the_step(clip: float, accumulation: int) -> None:
+    torch.manual_seed(0)
+    network, memory = mlp(), MemoryLogger()
+    expected = expected_step(copy.deepcopy(network).double(), clip, rate=0.1)
+    size = 32 // accumulation
+    batches = [(PIXELS[i * size :][:size], CLASSES[i * size :][:size]) for i in range(2 * accumulation)]
+    make_trainer(
+        max_epochs=1,
+        logger=memory,
+        callbacks=[ActivationVarianceMonitor(1, stats=STEP_STATS)],
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=clip,
+    ).fit(BatchModule(network, batches))
+    assert memory.steps[0].keys() == expected.keys()
+    for tag, value in expected.items():
+        # the update is the difference of two float32 weights, each rounded by 6e-8 of a weight near .1
+        assert memory.steps[0][tag] == pytest.approx(value, rel=2e-4 if "update" in tag else 1e-5), tag
+    assert memory.steps[1]["weight_norm/total"] != memory.steps[0]["weight_norm/total"]
+
+
+def step_hooks(module: LightningModule) -> list[Any]:
+    optimizers = module.optimizers(use_pl_optimizer=False)
+    return [
+        hook
+        for optimizer in (optimizers if isinstance(optimizers, list) else [optimizers])
+        for hook in optimizer._optimizer_step_post_hooks.values()  # type: ignore[union-attr]
+    ]
+
+
+def test_no_hook_stays_on_an_optimizer() -> None:
+    class Spy(Callback):
+        seen: list[int] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+            self.seen.append(len(step_hooks(module)))
+
+    spy, module = Spy(), DigitsMLP()
+    monitor = ActivationVarianceMonitor(2, stats=STEP_STATS)
+    make_trainer(max_steps=3, logger=MemoryLogger(), callbacks=[monitor, spy]).fit(module)
+    assert spy.seen == [0, 0, 0]
+    assert monitor.latest["update_ratio/total"] > 0
+
+
+def test_a_fault_after_the_step_is_said_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("bad luck")
+
+    monkeypatch.setattr("lightning_init.monitor.parameter_norms.ParameterNorms.after_step", broken)
+    module = DigitsMLP()
+    trainer = make_trainer(
+        max_steps=3, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(1, stats=STEP_STATS)]
+    )
+    with pytest.warns(UserWarning, match="after the optimizer's step: RuntimeError: bad luck"):
+        trainer.fit(module)
+    assert trainer.global_step == 3
+
+
+def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, logger = mlp(), TensorBoardLogger(tmp_path)
+    with torch.no_grad():
+        values = {f"network.{i}": network[: i + 1](PIXELS).double() for i in range(len(network))}
+    monitor = ActivationVarianceMonitor(1, stats=["histogram"])
+    make_trainer(max_epochs=1, logger=[logger, MemoryLogger()], callbacks=[monitor]).fit(
+        BatchModule(network, [(PIXELS, CLASSES)])
+    )
+    assert monitor.latest == {}
+    accumulator = EventAccumulator(logger.log_dir).Reload()
+    for layer, output in values.items():
+        (event,) = accumulator.Histograms(f"histogram/{layer}")
+        histogram = event.histogram_value
+        assert histogram.num == sum(histogram.bucket) == output.numel()
+        assert histogram.sum == pytest.approx(output.sum().item(), rel=1e-5, abs=1e-5)
+        assert histogram.sum_squares == pytest.approx(output.square().sum().item(), rel=1e-5)
+        assert histogram.min < output.min() <= output.max() <= histogram.max
+        for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True):
+            assert limit in EDGES
+            below = max((edge for edge in EDGES if edge < limit), default=-torch.inf)
+            assert count == pytest.approx(int(((output > below) & (output <= limit)).sum()), abs=1)
+
+
+def test_every_statistic_at_once_is_neutral() -> None:
+    weights = []
+    for stats in (None, ["default", *STEP_STATS, "histogram", "kurtosis", "activation_max", "saturation"]):
+        torch.manual_seed(0)
+        module = DigitsMLP(activation=nn.Tanh)
+        callbacks: Any = [ActivationVarianceMonitor(1, stats=stats)] if stats else []
+        make_trainer(max_epochs=1, logger=MemoryLogger(), callbacks=callbacks, gradient_clip_val=0.1).fit(module)
+        weights.append([parameter.detach().clone() for parameter in module.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -1,0 +1,271 @@
+"""One seed, one set of weights: on any number of processes and threads, sharded in any way."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import seed_everything
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_init import InitCallback, Rule, initialize
+from lightning_init.initialization.streams import BLOCK, Block
+from tests.support.models import AllKinds, DigitsModule, LateModule, ShardedModule, mlp
+from tests.support.ranks import run_ranks
+from tests.support.trainers import make_ddp_trainer, make_fsdp2_trainer, make_trainer
+from tests.support.weights import Weights, WeightsAtStart, assert_differ, assert_same, weights_of
+
+SEED = 7
+
+
+def wide_mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 4098), nn.ReLU(), nn.Linear(4098, 65), nn.ReLU(), nn.Linear(65, 10))
+
+
+class TensorParallelModule(ShardedModule):
+    """The first two Linear layers over the second dimension of the mesh, then FSDP2 over the first."""
+
+    def parallelize(self) -> None:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.network, self.device_mesh["tensor_parallel"], plan)
+        super().parallelize()
+
+
+def weights_at_start(model: DigitsModule, callback: InitCallback, trainer: Any, **options: Any) -> Weights:
+    seen = WeightsAtStart()
+    trainer(callbacks=[callback, seen], max_steps=1, limit_val_batches=0, **options).fit(model)
+    return {name.removeprefix("network."): weight for name, weight in seen.at_start.items()}
+
+
+def start_with(strategy: str, build: Any = AllKinds, **options: Any) -> Weights:
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # plain DDP has a different one per rank
+    callback = InitCallback("he_normal", seed=SEED)
+    if strategy == "ddp":
+        return weights_at_start(DigitsModule(build), callback, make_ddp_trainer, **options)
+    if strategy == "fsdp2":
+        return weights_at_start(ShardedModule(build), callback, make_fsdp2_trainer, **options)
+    if strategy == "fsdp2 meta":
+        return weights_at_start(ShardedModule(build, "meta"), callback, make_fsdp2_trainer, **options)
+    if strategy == "tensor parallel":
+        model = TensorParallelModule(build)
+        trainer = partial(make_fsdp2_trainer, tensor_parallel_size=2)
+        weights = weights_at_start(model, callback, trainer, **options)
+        placements = model.network[0].weight.placements  # type: ignore[index]
+        assert len(placements) == 2, placements
+        assert not any(isinstance(p, Replicate) for p in placements), placements
+        return weights
+    return weights_at_start(DigitsModule(build), callback, make_trainer, **options)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Weights:
+    """What one process without Lightning draws. Its names have no prefix: they are the LightningModule's."""
+    return initialized(AllKinds())
+
+
+def initialized(network: nn.Module) -> Weights:
+    """The seed's weights for the network as a LightningModule's ``network``."""
+    owner = nn.Module()
+    owner.network = network
+    initialize(owner, "he_normal", seed=SEED)
+    return weights_of(network)
+
+
+def test_every_weight_matrix_is_drawn(expected: Weights) -> None:
+    torch.manual_seed(0)
+    assert_differ(weights_of(AllKinds()), expected)
+    assert sum(weight.ndim >= 2 for weight in expected.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world_size"),
+    [("single", 1), ("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2 meta", 2)],
+)
+@pytest.mark.filterwarnings("ignore:Parameter initialization incomplete:UserWarning")  # attention on meta: Lightning
+def test_any_number_of_ranks(strategy: str, world_size: int, expected: Weights) -> None:
+    for weights in run_ranks(start_with, world_size, strategy):
+        assert_same(weights, expected)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
+def test_a_mesh_of_two_dimensions() -> None:
+    expected = initialized(wide_mlp())
+    for weights in run_ranks(start_with, 4, "tensor parallel", wide_mlp):
+        assert_same(weights, expected)
+
+
+def fsdp1_weights() -> Weights:
+    torch.manual_seed(dist.get_rank())
+    shard = partial(FullyShardedDataParallel, device_id=torch.device("cpu"))
+    owner, network = nn.Module(), AllKinds()
+    network.wide = shard(network.wide)
+    owner.network = shard(network)  # a wrapper within a wrapper within the user's module
+    initialize(owner, "he_normal", seed=SEED)
+    with FullyShardedDataParallel.summon_full_params(owner):
+        weights = weights_of(owner)
+    names = (name.replace("_fsdp_wrapped_module.", "").removeprefix("network.") for name in weights)
+    return dict(zip(names, weights.values(), strict=True))
+
+
+def test_fsdp1(expected: Weights) -> None:
+    for weights in run_ranks(fsdp1_weights, 2):
+        assert_same(weights, expected)
+
+
+def placed(shape: tuple[int, int], dim: int) -> torch.Tensor:
+    """A Linear's weight, initialised while sharded along ``dim``."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def shard(name: str, module: nn.Module, mesh: Any) -> None:
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(dim)]))
+
+    layer = distribute_module(nn.Sequential(nn.Linear(shape[1], shape[0], bias=False)), mesh, shard)
+    initialize(layer, "he_normal", seed=SEED)
+    return weights_of(layer)["0.weight"]
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 3), (777, 1011)], ids=str)
+def test_any_dimension_may_be_sharded_unevenly(shape: tuple[int, int], dim: int) -> None:
+    layer = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
+    initialize(layer, "he_normal", seed=SEED)
+    for weight in run_ranks(placed, 2, shape, dim):
+        assert torch.equal(weight, layer[0].weight)
+
+
+def blocks_drawn(dim: int) -> list[int]:
+    drawn = []
+    draw = Block.draw
+
+    def counted(block: Block, *args: Any) -> torch.Tensor:
+        if len(block) == BLOCK:  # shorter ones are drawn to compare streams between ranks
+            drawn.append(block.number)
+        return draw(block, *args)
+
+    Block.draw = counted  # type: ignore[method-assign]
+    placed((4 * BLOCK // 64, 64), dim)
+    return sorted(drawn)
+
+
+def test_a_rank_draws_the_blocks_of_its_rows_only() -> None:
+    assert run_ranks(blocks_drawn, 2, 0) == [[0, 1], [2, 3]]
+    assert run_ranks(blocks_drawn, 3, 0) == [[0, 1], [1, 2], [2, 3]]
+    assert run_ranks(blocks_drawn, 2, 1) == [[0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_the_order_of_registration_does_not_matter(expected: Weights) -> None:
+    assert_same(start_with("single", partial(AllKinds, reverse=True)), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("scheme", ["he_normal", "truncated_normal", "orthogonal"])
+def test_the_number_of_threads_does_not_matter(threads: int, scheme: str) -> None:
+    (weights,) = run_ranks(weights_on_threads, 1, scheme, threads=threads)
+    assert_same(weights, weights_on_threads(scheme))
+
+
+def weights_on_threads(scheme: str) -> Weights:
+    network = mlp(1031, 2)
+    initialize(network, scheme, seed=SEED)
+    return weights_of(network)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo itself
+def test_a_compiled_model_has_the_same_weights(expected: Weights) -> None:
+    compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[arg-type,return-value]
+    weights = weights_at_start(compiled, InitCallback(seed=SEED), make_trainer)
+    assert all(name.startswith("_orig_mod.") for name in weights)
+    assert_same({name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}, expected)
+
+
+@pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_bf16_holds_the_rounded_values(strategy: str, world_size: int, expected: Weights) -> None:
+    rounded = {name: weight.bfloat16() for name, weight in expected.items()}
+    for weights in run_ranks(start_with, world_size, strategy, precision="bf16-true"):
+        assert_same(weights, rounded)
+
+
+def late_weights() -> Weights:
+    return weights_at_start(LateModule(AllKinds), InitCallback(seed=SEED), make_ddp_trainer)
+
+
+def test_layers_made_in_configure_model_are_initialized(expected: Weights) -> None:
+    for weights in run_ranks(late_weights, 2):
+        assert_same(weights, expected)
+
+
+def seeded_by(seed: int | None) -> Weights:
+    if seed is not None:
+        seed_everything(seed, verbose=False)
+    torch.manual_seed(dist.get_rank())
+    return weights_at_start(DigitsModule(mlp), InitCallback(), make_ddp_trainer)
+
+
+def test_the_seed_is_that_of_seed_everything() -> None:
+    on_0, on_1 = run_ranks(seeded_by, 2, SEED)
+    assert_same(on_0, initialized(mlp()))
+    assert_same(on_1, on_0)
+
+
+def test_without_a_seed_the_ranks_agree_on_one_and_runs_differ() -> None:
+    on_0, on_1 = run_ranks(seeded_by, 2, None)
+    assert_same(on_1, on_0)
+    again, _ = run_ranks(seeded_by, 2, None)
+    assert_differ(again, on_0)
+
+
+def generator_before_and_after(strategy: str) -> tuple[torch.Tensor, torch.Tensor]:
+    states = {}
+
+    class Watched(InitCallback):
+        def on_fit_start(self, *args: Any) -> None:
+            states["before"] = torch.get_rng_state()
+            super().on_fit_start(*args)
+            states["after"] = torch.get_rng_state()
+
+    model, trainer = (
+        (ShardedModule(AllKinds), make_fsdp2_trainer)
+        if strategy == "fsdp2"
+        else (DigitsModule(AllKinds), make_ddp_trainer)
+    )
+    weights_at_start(model, Watched(), trainer)
+    return states["before"], states["after"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_torchs_own_generator_is_not_touched(strategy: str) -> None:
+    for before, after in run_ranks(generator_before_and_after, 2, strategy):
+        assert torch.equal(before, after)
+
+
+def differ_in(name: str, strategy: str) -> None:
+    rules = [Rule(name, "zeros" if dist.get_rank() else "xavier_normal")]
+    if strategy == "fsdp2":
+        weights_at_start(ShardedModule(mlp), InitCallback(seed=SEED, rules=rules), make_fsdp2_trainer)
+    else:
+        weights_at_start(DigitsModule(mlp), InitCallback(seed=SEED, rules=rules), make_ddp_trainer)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_that_differ_are_told_the_first_parameter(strategy: str) -> None:
+    with pytest.raises((RuntimeError, ValueError), match=r"network\.2\.weight"):
+        run_ranks(differ_in, 2, "network.2.weight", strategy)
+
+
+def test_deepspeed_is_refused() -> None:
+    trainer, model = make_trainer(), DigitsModule(mlp)
+    # Made without __init__, which asks for a package and a GPU: refusing needs neither.
+    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
+        InitCallback().setup(trainer, model, "fit")

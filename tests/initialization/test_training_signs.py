@@ -1,0 +1,298 @@
+"""Trained models are recognised, and fresh ones of the same kinds are not taken for trained."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, plan, register
+from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init.introspect import roles
+from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
+from tests.support.models import DigitsModule, RowLSTM, conv_net, digits, mlp
+from tests.support.trainers import make_trainer
+from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+
+SEEDS = 10
+
+
+def signs(model: nn.Module, *rules: Rule) -> list[str]:
+    return signs_of_training(plan(model, rules=rules), model)
+
+
+def fresh(build: Build, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return build()
+
+
+def trained(
+    model: nn.Module, steps: int, make_optimizer: Callable[..., torch.optim.Optimizer] | None = None
+) -> nn.Module:
+    """Real steps on real digits, 32 a batch; AdamW with a learning rate of 1e-3 unless said otherwise."""
+    optimizer = (make_optimizer or partial(torch.optim.AdamW, lr=1e-3))(model.parameters())
+    pixels, classes = digits()
+    for assignment in range(steps):
+        batch = slice(32 * assignment % 1600, 32 * assignment % 1600 + 32)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])
+def test_fresh_models_give_no_sign(kind: str) -> None:
+    build = {**KINDS, **UNDECIDED}[kind]
+    for seed in range(SEEDS):
+        assert signs(fresh(build, seed)) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_of_adamw_is_recognised(kind: str) -> None:
+    for seed in range(SEEDS):
+        assert signs(trained(fresh(KINDS[kind], seed), 1)), f"seed {seed}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_longer_training_is_recognised(kind: str) -> None:
+    for steps in (20, 200):
+        assert signs(trained(fresh(KINDS[kind]), steps)), f"after {steps} steps"
+
+
+def test_without_biases_training_shows_in_the_input_columns() -> None:
+    """The values left the interval long ago; any draw could look like this, but not with such columns."""
+    (sign, *_) = signs(trained(fresh(without_biases), 500))
+    assert re.fullmatch(r"0\.weight: its input columns differ in size by more than chance", sign)
+
+
+# Plain gradient descent moves what starts constant too, but may leave a uniform draw within its interval.
+BY_SGD = [kind for kind in KINDS if kind not in ("lstm", "tied head", "decoder", "own weights, torch's biases")]
+
+
+@pytest.mark.parametrize("kind", BY_SGD)
+def test_one_step_of_sgd_is_recognised(kind: str) -> None:
+    assert signs(trained(fresh(KINDS[kind]), 1, partial(torch.optim.SGD, lr=0.1)))
+
+
+def test_what_hides_one_step_shows_after_many() -> None:
+    """Normal weights give nothing to hold on to but their columns; torch's biases leave their interval in time."""
+    assert signs(trained(fresh(UNDECIDED["normal, no biases"]), 300))
+    assert signs(trained(fresh(UNDECIDED["torch's biases, few"]), 300))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_our_own_draws_give_no_sign(scheme: str) -> None:
+    """A model that `initialize` prepared in __init__ is fresh."""
+    for kind in ("mlp", "batch norm", "lstm", "nn.Transformer", "rms norm"):
+        model = KINDS[kind]()
+        if scheme == "delta_orthogonal" and kind == "lstm":
+            continue
+        initialize(model, scheme)
+        assert signs(model) == [], kind
+
+
+def uniform(width: float, *shape: int) -> nn.Linear:
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    nn.init.uniform_(layer.weight, -width, width)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(uniform, 0.1, 300, 102),  # torch's own bound is 0.099
+        partial(uniform, (6 / 40) ** 0.5, 32, 8),  # Xavier's; torch's is 9 % narrower, and 256 values can't tell
+        partial(uniform, 0.05, 400, 405),
+        partial(uniform, (6 / 118) ** 0.5, 98, 20),  # Xavier's is 1 % wider than torch's
+        partial(with_weights, partial(nn.Linear, 8, 4, bias=False), partial(nn.init.normal_, std=0.17)),
+        partial(with_weights, partial(nn.Linear, 8, 32, bias=False), partial(nn.init.normal_, std=0.13)),
+        partial(with_weights, partial(nn.Linear, 16, 16, bias=False), nn.init.normal_),
+    ],
+)
+def test_an_authors_own_interval_is_no_sign(build: Build) -> None:
+    """It has an edge as sharp as any fresh draw's; training blurs it. A few values may end anywhere."""
+    for seed in range(200):
+        assert signs(fresh(build, seed)) == [], f"seed {seed}"
+
+
+def test_rounding_beyond_the_bound_is_no_sign() -> None:
+    """The bound 1/√12 = 0.288675 rounds to 0.289062 in bfloat16, also for a model that has become float32 since."""
+    layer = fresh(partial(nn.Linear, 12, 4000)).to(torch.bfloat16)
+    assert layer.weight.detach().float().max() > 12**-0.5
+    assert signs(layer) == []
+    assert signs(layer.float()) == []
+
+
+@torch.no_grad()
+def filled(module: nn.Module, **values: Tensor) -> nn.Module:
+    for name, value in values.items():
+        getattr(module, name).copy_(value)
+    return module
+
+
+RAMP = torch.linspace(-1.0, 1.0, 32)
+NORM_LIKE = r"\(-1 … 1\) is not constant, as a fresh {}'s is"
+EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
+    (lambda: filled(nn.LayerNorm(32), weight=RAMP, bias=RAMP), "weight " + NORM_LIKE.format("LayerNorm")),
+    (lambda: filled(nn.RMSNorm(32), weight=RAMP), "weight " + NORM_LIKE.format("RMSNorm")),
+    (lambda: filled(nn.PReLU(32), weight=RAMP), "weight " + NORM_LIKE.format("PReLU")),
+    (lambda: filled(nn.MultiheadAttention(32, 2), in_proj_bias=RAMP.repeat(3)),
+     "in_proj_bias " + NORM_LIKE.format("MultiheadAttention")),
+    (lambda: filled(nn.Linear(4, 32), bias=RAMP),
+     r"bias \(-1 … 1\) is no longer what its module drew, uniform within ±0.5"),
+    (lambda: filled(nn.Linear(4, 32), bias=0.1 * RAMP), r"bias .* within ±0.5"),
+    # One element is no constant.
+    (lambda: filled(nn.Linear(2000, 1), weight=1.01 * nn.Linear(2000, 1).weight), r"weight .* ±0.0223607"),
+    (lambda: filled(nn.ConvTranspose1d(16, 32, 4), bias=RAMP), r"bias .* within ±0.0883883"),
+    (lambda: filled(nn.LSTM(4, 32), bias_ih_l0=RAMP.repeat(4)), r"bias_ih_l0 .* within ±0.176777"),
+    (lambda: filled(nn.Embedding(32, 64), weight=RAMP[:, None] * torch.randn(32, 64)), r"weight: its rows differ .*"),
+    (lambda: filled(nn.Embedding(33, 64, 0), weight=torch.cat([torch.zeros(1), RAMP])[:, None] * torch.randn(33, 64)),
+     r"weight: its rows differ .*"),
+    (lambda: filled(nn.ConvTranspose1d(32, 64, 1, bias=False), weight=RAMP[:, None, None] * torch.randn(32, 64, 1)),
+     r"weight: its input columns .*"),
+    (lambda: filled(prune.identity(nn.Linear(32, 64, bias=False), "weight"), weight_orig=RAMP * torch.randn(64, 32)),
+     r"weight_orig: its input columns .*"),
+    (lambda: filled(nn.Linear(32, 64, bias=False, dtype=torch.complex64), weight=RAMP * torch.randn(64, 32)),
+     r"weight: its input columns .*"),
+    (lambda: filled(nn.Linear(32, 64, bias=False), weight=RAMP * torch.randn(64, 32)), r"weight: its input columns .*"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "words"), EVIDENCE)
+def test_the_evidence_is_named(build: Build, words: str) -> None:
+    (sign,) = [sign for sign in signs(fresh(build)) if re.fullmatch(words, sign)]
+    assert sign
+
+
+CUT_AT_ONE_STD = nn.init.trunc_normal_(torch.empty(256, 64), 0, 0.25, -0.25, 0.25)
+TWO_SIZES = torch.tensor([[1.0], [1.12]])
+NO_EVIDENCE: list[Callable[[], nn.Module]] = [
+    # Nothing but an author's draw moves one of two parameters that a step moves both.
+    lambda: filled(nn.BatchNorm2d(32), weight=RAMP),
+    lambda: filled(nn.Linear(4, 32), weight=torch.zeros(32, 4), bias=RAMP),
+    lambda: filled(nn.Linear(4, 32), bias=1e-6 * RAMP),
+    lambda: filled(nn.MultiheadAttention(32, 2), in_proj_bias=1e-6 * RAMP.repeat(3)),
+    # As flat as a uniform draw and without its edges, but of another size than torch's.
+    lambda: filled(nn.Linear(64, 256, bias=False), weight=CUT_AT_ONE_STD),
+    lambda: filled(nn.LSTM(4, 32), bias_ih_l0=torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(32)),
+    # Outputs may differ: gates of different sizes are packed in one matrix.
+    lambda: filled(nn.Linear(32, 64, bias=False), weight=torch.cat([torch.randn(32, 32), 1e-3 * torch.randn(32, 32)])),
+    # Two inputs are joined in one matrix, each with its own number of terms; or some of them are cut off.
+    lambda: filled(nn.Linear(2048, 64, bias=False), weight=torch.randn(64, 2, 1024).mul(TWO_SIZES).flatten(1)),
+    lambda: filled(nn.Linear(64, 64, bias=False), weight=torch.randn(64, 64).mul(torch.arange(64) < 32)),
+    # Rounded values are no longer spread evenly: there may be too few between the bound and the largest.
+    lambda: uniform(1.1 / 16, 1562, 256).to(torch.bfloat16),
+    lambda: filled(nn.ConvTranspose1d(16, 64, 4), bias=torch.rand(64) / 4 - 1 / 8),  # by its 16·4 inputs
+    lambda: nn.Linear(64, 64, dtype=torch.complex64),
+    lambda: nn.Linear(64, 64, device="meta"),
+    lambda: nn.Embedding(32, 64, padding_idx=0),
+    lambda: nn.Linear(4, 1),
+]
+
+
+@pytest.mark.parametrize("build", NO_EVIDENCE)
+def test_an_authors_own_draw_is_no_evidence(build: Build) -> None:
+    assert signs(fresh(build)) == []
+
+
+def test_a_forward_pass_is_no_training() -> None:
+    """A lazy module has to see a batch before fit; batch norm counts it, but its weights have not moved."""
+    model = fresh(conv_net)
+    model(digits()[0][:8])
+    assert signs(model) == []
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight += 1e-3 * torch.randn(8)
+                module.bias += 1e-3 * torch.randn(8)
+    assert "1.1.num_batches_tracked is 1" in signs(model)
+
+
+def test_only_what_would_be_drawn_counts() -> None:
+    model = trained(fresh(KINDS["kaiming normal"]), 1)
+    assert layers(signs(model)) == {"0", "2", "4"}
+    assert layers(signs(model, Rule("0.*", "keep"))) == {"2", "4"}
+    for parameter in model[4].parameters():  # type: ignore[index]
+        parameter.requires_grad = False
+    assert layers(signs(model, Rule("0.*", "keep"))) == {"2"}
+
+
+def layers(found: list[str]) -> set[str]:
+    return {sign.split(".")[0] for sign in found}
+
+
+class Pretrained(DigitsModule):
+    """Loads a backbone in ``__init__`` and puts a head of its own on it."""
+
+    def __init__(self, backbone: nn.Module, path: Path) -> None:
+        super().__init__(nn.Identity)
+        backbone.load_state_dict(torch.load(path, weights_only=True))
+        self.network = nn.Identity()
+        self.backbone = backbone
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone(pixels))
+        return logits
+
+
+@pytest.mark.parametrize("build", [partial(mlp, 64), conv_net, RowLSTM])
+def test_loaded_weights_are_refused_and_the_rule_to_paste_keeps_them(build: Build, tmp_path: Path) -> None:
+    torch.save(trained(fresh(build), 50).state_dict(), tmp_path / "backbone.pt")
+    model = Pretrained(fresh(build, 1), tmp_path / "backbone.pt")
+    rules = refusal_of(model, r"backbone\.")
+    assert rules == [Rule("backbone.*", "keep")]
+    before, start = weights_of(model), fit(model, InitCallback(seed=3, rules=rules))
+    assert_same(kept(start, "backbone."), kept(before, "backbone."))
+    assert_differ(kept(start, "head."), kept(before, "head."))
+
+
+def test_when_always_draws_over_trained_weights(tmp_path: Path) -> None:
+    torch.save(trained(fresh(mlp), 50).state_dict(), tmp_path / "backbone.pt")
+    model = Pretrained(fresh(mlp, 1), tmp_path / "backbone.pt")
+    expected = copy.deepcopy(model)
+    initialize(expected, seed=3)
+    assert_same(fit(model, InitCallback(seed=3, when="always")), weights_of(expected))
+
+
+def test_a_weight_of_the_model_itself_takes_the_rest_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bare(DigitsModule):
+        def __init__(self) -> None:
+            super().__init__(mlp)
+            self.kernel = nn.Parameter(RAMP * torch.randn(64, 32))
+
+    monkeypatch.setattr(roles, "_registry", dict(roles._registry))
+    register(Bare, "kernel", Fans(32, 64))
+    assert refusal_of(Bare(), "kernel: its input columns") == [Rule("*", "keep")]
+
+
+def refusal_of(model: DigitsModule, evidence: str) -> list[Rule]:
+    """The rules that the error prints, as Python reads them; the weights must be as they were."""
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=rf"signs of training(.|\n)*{evidence}(.|\n)*when='always'") as error:
+        fit(model, InitCallback(seed=3))
+    assert_same(weights_of(model), before)
+    to_paste = re.search(r"rules=(\[.*?\])", str(error.value))
+    assert to_paste
+    rules: list[Rule] = eval(to_paste[1], {"Rule": Rule})
+    return rules
+
+
+def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
+    """The weights that training starts from."""
+    start = WeightsAtStart()
+    options: dict[str, Any] = {"max_steps": 1, "limit_val_batches": 0}
+    make_trainer(callbacks=[callback, start], **options).fit(model)
+    return start.at_start
+
+
+def kept(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if name.startswith(prefix)}

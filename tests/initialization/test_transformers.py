@@ -1,0 +1,217 @@
+"""Eleven models of the ``transformers`` library: no parameter unexplained, and they train from what was drawn."""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lightning_init import InitCallback, Rule, initialize, plan
+from lightning_init.initialization.training_signs import signs_of_training
+from tests.support.models import DigitsModule
+from tests.support.trainers import make_trainer
+from tests.support.transformer_models import MODELS, WIDTH, batch_for
+from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+
+UNKNOWN = "module type unknown"
+LEFT_ALONE: dict[str, dict[str, str]] = {
+    "bert": {},
+    "gpt2": {"transformer.wte.weight": "tied to lm_head.weight"},
+    "llama": {},
+    "t5": {
+        "shared.weight": "tied to decoder.embed_tokens.weight",
+        "encoder.embed_tokens.weight": "tied to decoder.embed_tokens.weight",
+        "lm_head.weight": "tied to decoder.embed_tokens.weight",
+    },
+    "vit": {"vit.embeddings.cls_token": UNKNOWN, "vit.embeddings.position_embeddings": UNKNOWN},
+    "convnext": {"convnext.encoder.stages.?.layers.0.layer_scale_parameter": UNKNOWN},
+    "resnet": {},
+    "swin": {"swin.encoder.layers.?.blocks.?.attention.relative_position_bias.*": UNKNOWN},
+    "whisper": {
+        "model.encoder.embed_positions.weight": "frozen",
+        "proj_out.weight": "tied to model.decoder.embed_tokens.weight",
+    },
+    "mamba": {
+        "backbone.layers.?.mixer.A_log": UNKNOWN,
+        "backbone.layers.?.mixer.D": UNKNOWN,
+        "backbone.layers.?.mixer.dt_proj.bias": "kept: its values are the time steps of a state space model",
+        "lm_head.weight": "tied to backbone.embeddings.weight",
+    },
+    "mixtral": {
+        "model.layers.?.mlp.experts.gate_up_proj": UNKNOWN,
+        "model.layers.?.mlp.experts.down_proj": UNKNOWN,
+        "model.layers.?.mlp.gate.weight": UNKNOWN,
+    },
+}
+"""Globs on the parameters that are not drawn, with the reason given; all others are."""
+
+# Tables of words that are output layers too.
+TIED_HEADS = {
+    "gpt2": "lm_head.weight",
+    "t5": "decoder.embed_tokens.weight",
+    "whisper": "model.decoder.embed_tokens.weight",
+    "mamba": "backbone.embeddings.weight",
+}
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def fresh(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[name]()
+
+
+def test_every_parameter_is_drawn_or_left_alone_with_a_reason(name: str) -> None:
+    model = fresh(name)
+    before = weights_of(model)
+    report = initialize(model)
+    report.check()
+    every_name = [path for path, _ in model.named_parameters(remove_duplicate=False)]
+    assert [entry.name for entry in report.entries] == every_name
+    expected = LEFT_ALONE[name]
+    used = set()
+    for entry in report.left_alone:
+        pattern = next((pattern for pattern in expected if fnmatchcase(entry.name, pattern)), None)
+        assert pattern, f"{entry.name} was left alone: {entry.reason}"
+        assert entry.reason == expected[pattern]
+        assert bool(entry.advice) == (entry.reason == UNKNOWN)
+        used.add(pattern)
+    assert used == set(expected)
+    kept = [entry.name for entry in report.left_alone if "tied" not in entry.reason]
+    now = weights_of(model)
+    assert_same({path: now[path] for path in kept}, {path: before[path] for path in kept})
+
+
+def test_every_value_is_what_its_layer_needs(name: str) -> None:
+    """Held against the layers themselves, not against roles: He's std by the number of inputs, norms 1 and 0."""
+    model = fresh(name)
+    drawn = {entry.name: entry for entry in initialize(model).drawn}
+    for path, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(path, recurse=False):
+            if attribute in drawn:
+                scale = expected_scale(name, module, attribute, parameter)
+                check_values(attribute, parameter.detach(), *scale)
+
+
+def expected_scale(name: str, module: nn.Module, path: str, parameter: Tensor) -> tuple[float, float]:
+    """Mean and std."""
+    if path == TIED_HEADS.get(name):
+        return 0.0, WIDTH**-0.5
+    if path.endswith(".bias"):
+        return 0.0, 0.0
+    if isinstance(module, nn.Embedding):
+        return 0.0, 1.0
+    if "Norm" in type(module).__name__:
+        return 1.0, 0.0
+    fan_in = len(parameter) if isinstance(module, Conv1D) else parameter[0].numel()
+    return 0.0, math.sqrt(2 / fan_in)
+
+
+def check_values(path: str, values: Tensor, mean: float, std: float) -> None:
+    """The std of n normal values has a relative error of 1/√(2n), their mean one of std/√n: allow 5."""
+    count = values.numel()
+    assert abs(values.mean().item() - mean) <= 5 * std / math.sqrt(count), path
+    assert abs(values.std(correction=0).item() - std) <= 5 * std / math.sqrt(2 * count), path
+
+
+def test_norms_of_every_library_are_known(name: str) -> None:
+    model = fresh(name)
+    types = {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__}
+    assert types
+    assert types <= {entry.module_type for entry in initialize(model).drawn if entry.decided_by == "norm"}
+
+
+def test_it_trains_from_what_was_drawn(name: str) -> None:
+    model = fresh(name)
+    initialize(model)
+    first = step_of(model)
+    assert math.isfinite(first)
+    for path, parameter in model.named_parameters():
+        assert not parameter.requires_grad or (parameter.grad is not None and parameter.grad.isfinite().all()), path
+    for _ in range(4):
+        last = step_of(model)
+    assert last < first  # the same batch again and again
+
+
+def step_of(model: nn.Module) -> float:
+    """The loss before one step of AdamW."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    torch.manual_seed(0)  # dropout
+    optimizer.zero_grad()
+    loss: Tensor = model(**batch_for(model)).loss
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.item()
+
+
+def test_fresh_ones_are_fresh_and_one_step_shows(name: str) -> None:
+    for seed in range(3):
+        model = fresh(name, seed)
+        assert signs_of_training(plan(model), model) == []
+        step_of(model)
+        assert signs_of_training(plan(model), model)
+    initialize(model)
+    model.zero_grad()
+    assert not [sign for sign in signs_of_training(plan(model), model) if "num_batches_tracked" not in sign]
+
+
+def test_a_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
+    model = fresh("gpt2")
+    report = initialize(model)
+    fans = report["transformer.h.0.mlp.c_fc.weight"].fans
+    assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)  # type: ignore[union-attr]
+
+
+class Pretrained(DigitsModule):
+    """A model loaded by ``from_pretrained`` in ``__init__``, with a new head."""
+
+    def __init__(self, auto: type[PreTrainedModel], folder: Path) -> None:
+        super().__init__(nn.Identity)
+        self.loaded = auto.from_pretrained(folder).train()
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        words = (pixels[:, :8] + 1).abs().mul(9).clamp(0, 59).long()
+        logits = self.loaded(input_ids=words).logits
+        result: Tensor = self.head(logits[:, :10] if logits.ndim == 2 else logits[:, -1, :10])
+        return result
+
+
+@pytest.mark.parametrize(("name", "auto"), [("bert", BertForSequenceClassification), ("llama", AutoModelForCausalLM)])
+def test_from_pretrained_is_refused_and_the_rule_to_paste_keeps_it(
+    name: str, auto: type[PreTrainedModel], tmp_path: Path
+) -> None:
+    trained = fresh(name)
+    step_of(trained)
+    trained.save_pretrained(tmp_path)  # type: ignore[operator]
+    model = Pretrained(auto, tmp_path)
+    before = weights_of(model)
+    assert_same(
+        {path.removeprefix("loaded."): w for path, w in before.items() if path.startswith("loaded.")},
+        weights_of(trained),
+    )
+    with pytest.raises(ValueError, match=r"signs of training(.|\n)*[nN]orm(.|\n)*is not constant") as error:
+        fit(model, InitCallback(seed=3))
+    assert_same(weights_of(model), before)
+    assert "rules=[Rule('loaded.*', 'keep')]" in str(error.value)
+    start = fit(model, InitCallback(seed=3, rules=[Rule("loaded.*", "keep")]))
+    loaded = {path for path in before if path.startswith("loaded.")}
+    assert_same({path: start[path] for path in loaded}, {path: before[path] for path in loaded})
+    assert_differ({"head": start["head.weight"]}, {"head": before["head.weight"]})
+
+
+def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
+    """The weights that training starts from."""
+    start = WeightsAtStart()
+    make_trainer(callbacks=[callback, start], max_steps=1, limit_val_batches=0).fit(model)
+    return start.at_start

@@ -1,0 +1,30 @@
+"""Alone, there is nobody to ask; what several ranks say is in tests/distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
+
+from lightning_init.initialization.draw import Measured
+from lightning_init.initialization.verify import agree, all_gather_object, is_distributed
+
+
+@pytest.fixture(params=["no group", "a group of one"])
+def _alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "a group of one":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_alone_one_agrees_with_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather_object", None)  # nobody is asked
+    measured = [Measured(1.5, 3, 42), Measured(is_transformed=True)]
+    assert not is_distributed()
+    assert agree(["a", "b"], measured) == measured
+    assert all_gather_object("me") == ["me"]
+    assert agree([], []) == []

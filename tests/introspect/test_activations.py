@@ -1,0 +1,172 @@
+"""Activations are recognised by what they do."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_init.introspect.activations import ActivationTraits, activation_of
+
+
+class SquaredReLU(nn.Module):
+    """Somebody else's class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) ** 2
+
+
+class Wrapped(nn.Module):
+    """Hugging Face's way: the function is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.functional.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Standardize(nn.Module):
+    """Depends on the neighbours, accepts any shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean()
+
+
+class Noisy(nn.Module):
+    """Draws in eval mode too, and warns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import warnings
+
+        warnings.warn("noisy", stacklevel=1)
+        return x + torch.randn_like(x)
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.tanh()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), SquaredReLU(), nn.Threshold(0.1, 0.0)],
+    ids=repr,
+)
+def test_rectifiers(module: nn.Module) -> None:
+    activation = activation_of(module)
+    assert activation is not None
+    assert activation.rectifies
+    assert not activation.saturates
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.GELU(), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.ELU(), nn.LeakyReLU(), nn.Hardswish(), nn.Softplus()),
+        *(nn.Hardtanh(), nn.RReLU(), nn.Mish(), nn.SELU(inplace=True), nn.LogSigmoid(), nn.Tanhshrink(), Wrapped()),
+    ],
+    ids=repr,
+)
+def test_smooth(module: nn.Module) -> None:
+    activation = activation_of(module)
+    assert activation is not None
+    assert not activation.rectifies
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.Identity(), nn.Dropout(), nn.AlphaDropout(), nn.Flatten(0), nn.Softmax(-1), nn.LogSoftmax(0), nn.GLU()),
+        *(nn.MaxPool1d(2), nn.AdaptiveAvgPool2d(1), nn.Upsample(scale_factor=2), nn.PixelShuffle(2), nn.Softmin(0)),
+        *(nn.BatchNorm1d(7, affine=False), nn.LayerNorm(7, elementwise_affine=False), nn.MSELoss(), Standardize()),
+        *(nn.Linear(7, 7), nn.PReLU(), nn.Sequential(nn.ReLU()), nn.Sequential(), Noisy(), nn.LocalResponseNorm(2)),
+    ],
+    ids=repr,
+)
+def test_everything_else(module: nn.Module) -> None:
+    assert activation_of(module) is None
+
+
+def test_asking_leaves_no_trace() -> None:
+    counter = Counter().train()
+    before = torch.get_rng_state()
+    assert activation_of(counter) is not None
+    activation_of(Noisy())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert counter.calls == 0
+    assert counter.training
+
+
+def test_default_dtype_and_device_do_not_matter() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert activation_of(nn.ReLU()) == ActivationTraits(True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Augmentation(nn.Module):
+    """Draws from generators that are not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random() * float(np.random.rand())
+
+
+def test_other_random_states_stay() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    activation_of(Augmentation())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+
+
+class Owner(nn.Module):
+    """Listens to its activation with a method of its own, and must never be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.act.register_forward_hook(self.keep)
+        self.kept: list[Tensor] = []
+
+    def keep(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.kept.append(output)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Owner:
+        raise AssertionError("the whole model was copied")
+
+
+def test_hooks_of_the_user_are_neither_called_nor_followed() -> None:
+    owner, seen = Owner(), []
+    owner.act.register_forward_pre_hook(lambda module, args: seen.append(args))
+    assert activation_of(owner.act) == ActivationTraits(True)
+    assert not owner.kept
+    assert not seen
+    owner.act(torch.ones(1))
+    assert len(owner.kept) == len(seen) == 1  # the module itself still has them
+
+
+class Memory(nn.Module):
+    """A bank of many numbers, elementwise by accident."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(1 << 17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh()
+
+
+def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert activation_of(Memory()) is None
+    monkeypatch.setattr("lightning_init.introspect.activations._MOST_STATE", 1 << 18)
+    assert activation_of(Memory()) is not None  # it was the size

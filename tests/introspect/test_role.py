@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lightning_init.introspect.role import KEEP, Role
+from lightning_init.schemes.distributions import Constant, Normal
+from lightning_init.schemes.fans import Fans
+
+
+def test_a_role_is_a_value() -> None:
+    role = Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
+    assert role == Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        role.kind = "bias"  # type: ignore[misc]
+    assert KEEP.kind == "keep"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"kind": "wieght"},
+            r"kind\) is 'wieght'; allowed: weight, bias, norm, embedding, other, keep; did you mean 'weight'",
+        ),
+        ({"kind": "weight"}, r"Role\(kind='weight'\) needs fans=Fans\(fan_in, fan_out\)"),
+        ({"kind": "bias", "groups": 0}, r"Role\(groups\) must be at least 1, got 0"),
+        ({"kind": "bias", "slices": ()}, r"Role\(slices\) needs at least one name"),
+        (
+            {"kind": "bias", "slices": ("r", "z", "n"), "bias_values": (1.0,)},
+            "needs one value for each of the 3 slices, got 1",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Role(default=Constant(0.0), **arguments)  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""What the hooks leave behind: nothing in memory, in a saved model, or in a failing pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_init.introspect.layers import find_layers
+from lightning_init.monitor.collector import ActivationCollector, in_backward_pass
+from lightning_init.monitor.statistics import DEFAULT_STATS
+from tests.monitor.test_collector import fail, squared
+
+
+def test_activations_are_let_go() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    kept: list[weakref.ref[Tensor]] = []
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
+    squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
+    gc.collect()
+    assert kept[0]() is None
+    handle.remove()
+    tap.detach()
+
+
+def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: list[tuple[str, str]] = []
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    tap = ActivationCollector(
+        find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error)))
+    )
+    tap.attach()
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("lightning_init.monitor.collector.moments_of", broken)
+    network(torch.randn(8, 6))
+    assert faults == [("0", "broken"), ("1", "broken")]
+    tap.detach()
+
+
+def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
+    network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(network), pickle.loads(pickle.dumps(network)), torch.load(buffer, weights_only=False)]
+    x = torch.randn(8, 6)
+    for twin in twins:
+        assert torch.equal(twin(x), network[1](network[0](x)))
+        tap.drain()
+        twin(x).sum().backward()
+        assert tap.drain() == {}
+    tap.detach()
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_a_backward_pass_knows_itself() -> None:
+    inside: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: inside.append(in_backward_pass()))  # type: ignore[no-untyped-call]
+    assert not in_backward_pass()
+    y.sum().backward()
+    assert inside == [True]
+    assert not in_backward_pass()
+
+
+class Parts(nn.Module):
+    """Returns two outputs of one node, the second first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (x * self.weight).unbind(1)
+        return second, first
+
+
+@pytest.mark.parametrize(("part", "reached"), [(0, True), (1, False)])
+def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
+    """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
+    torch.manual_seed(0)
+    network = nn.Sequential(Parts())
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    chosen = network(torch.randn(4, 2, 6))[part]
+    tap.gradient_factor = 1.0
+    chosen.square().sum().backward()
+    (record,) = tap.drain().values()
+    tap.detach()
+    assert (record.gradients is not None) == reached
+    assert not tap.partial
+    if record.gradients is not None:
+        assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (2, 4, 6)])
+def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
+    """What flows into the layer is measured, whoever came first."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 6))
+    found = []
+    for factor in (1.0, 10.0):
+        tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+        tap.attach()
+        output = network(torch.ones(*shape))
+        output.register_hook(lambda gradient, factor=factor: gradient * factor)
+        tap.gradient_factor = 1.0
+        output.square().sum().backward()
+        (record,) = tap.drain().values()
+        assert record.gradients is not None
+        found.append(record.gradients.squares)
+        tap.detach()
+    assert found[1] == pytest.approx(100 * found[0], rel=1e-6)
+
+
+def test_an_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
+    """A hook on that tensor would end the process."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
+    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    tap.attach()
+    output = checkpoint(network[1], network[0](torch.randn(4, 6)).view(-1, 6), use_reentrant=True)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        output.sum().backward()
+    tap.detach()

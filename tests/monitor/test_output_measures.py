@@ -1,0 +1,78 @@
+"""What is measured on request."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_init.introspect.activations import activation_of
+from lightning_init.introspect.layers import Layer
+from lightning_init.monitor.statistics import ADDITIVE, EDGES, binned, largest, saturated
+
+
+def layer_of(module: nn.Module) -> Layer:
+    return Layer("a", module, activation_of(module), tuple(module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("module", "beyond", "within"),
+    [
+        (nn.Tanh(), [-2.4, 2.4, 50.0], [-2.2, 0.0, 2.2]),  # |tanh| > .98
+        (nn.Sigmoid(), [-4.7, 4.7], [-4.5, 4.5]),
+        (nn.Hardtanh(-2.0, 2.0), [-3.0, 1.97], [-1.9, 1.9]),
+        (nn.Hardsigmoid(), [-3.0, 3.0], [-2.0, 2.0]),
+    ],
+    ids=repr,
+)
+def test_saturation_is_the_share_near_either_end(module: nn.Module, beyond: list[float], within: list[float]) -> None:
+    counted = saturated(layer_of(module), module(torch.tensor(beyond + within)))
+    assert counted is not None
+    assert counted.tolist() == [len(beyond)]
+    assert counted.dtype == torch.float64
+    half = saturated(layer_of(module), module(torch.tensor(beyond)).bfloat16())
+    assert half is not None
+
+
+@pytest.mark.parametrize(
+    "module", [nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.ELU(), nn.Softplus(), nn.LogSigmoid(), nn.Linear(2, 2)], ids=repr
+)
+def test_what_has_no_two_ends_does_not_saturate(module: nn.Module) -> None:
+    assert saturated(layer_of(module), torch.ones(3)) is None
+
+
+def test_a_sine_settles_nowhere() -> None:
+    class Sine(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+    assert saturated(layer_of(Sine()), torch.ones(3)) is None
+
+
+def test_bins_are_powers_of_two_of_either_sign() -> None:
+    assert len(EDGES) == 63
+    assert list(EDGES) == sorted(EDGES)
+    layer = layer_of(nn.Identity())
+    values = torch.tensor([-1e9, -1.0, -1e-9, 0.0, 1e-9, 1.0, 1.1, 1e9, math.nan, math.inf])
+    counts = binned(layer, values)
+    assert counts.shape == (ADDITIVE["histogram"].width,) == (64,)
+    assert counts.sum() == len(values)
+    one = EDGES.index(1.0)
+    assert counts[one] == 1  # (.5, 1]
+    assert counts[one + 1] == 1
+    assert counts[EDGES.index(0.0)] == 2  # (-2^-20, 0] has -1e-9 and 0
+    assert counts[-1] == 3
+    torch.manual_seed(0)
+    many = torch.randn(1000)
+    expected = [
+        ((many > low) & (many <= high)).sum() for low, high in zip((-math.inf, *EDGES), (*EDGES, math.inf), strict=True)
+    ]
+    assert binned(layer, many.reshape(10, 100)).tolist() == expected
+
+
+def test_the_largest_magnitude() -> None:
+    assert largest(torch.tensor([[1.0, -3.0], [2.0, 0.0]])).item() == 3.0
+    assert math.isnan(largest(torch.tensor([1.0, math.nan])).item())
+    assert largest(torch.empty(0, 2)).item() == 0.0

@@ -1,0 +1,127 @@
+"""Which tensor of an output counts, and which of its dimensions are units."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+from lightning_init.monitor.units import UnitRule, first_floating, unit_dim, unit_rule
+
+X = torch.ones(3)
+INTEGERS = torch.ones(3, dtype=torch.int64)
+
+
+@dataclass
+class ModelOutput:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class Registry:
+    """Neither a tensor nor a container."""
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        X,
+        (INTEGERS, X, torch.zeros(1)),
+        [None, [X]],
+        {"mask": INTEGERS, "logits": X},
+        OrderedDict(first=X, second=torch.zeros(1)),
+        ModelOutput(None, X),
+        ((INTEGERS, {"deep": ModelOutput(None, X)}),),
+    ],
+)
+def test_first_floating_tensor(output: object) -> None:
+    assert first_floating(output) is X
+
+
+@pytest.mark.parametrize("output", [INTEGERS, None, 3.0, (), {}, "text", Registry(), ModelOutput, X.cfloat()])
+def test_no_floating_tensor(output: object) -> None:
+    assert first_floating(output) is None
+
+
+def test_packed_sequence_is_its_data() -> None:
+    packed = pack_sequence([torch.ones(4, 2), torch.ones(1, 2)])
+    assert first_floating(packed) is packed.data
+    assert first_floating((packed, INTEGERS)) is packed.data
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "dim"),
+    [
+        (nn.Linear(3, 5), (8, 5), 1),
+        (nn.Linear(3, 5), (5,), 0),
+        (nn.Linear(3, 5), (5, 5, 5), 2),
+        (nn.Conv1d(3, 5, 1), (8, 5, 7), 1),
+        (nn.Conv2d(3, 5, 1), (8, 5, 7, 7), 1),
+        (nn.Conv2d(3, 5, 1), (5, 7, 7), 0),  # unbatched
+        (nn.Conv2d(3, 5, 1), (5, 5, 5, 5), 1),
+        (nn.ConvTranspose3d(3, 5, 1), (8, 5, 2, 2, 2), 1),
+        (nn.BatchNorm1d(5), (8, 5), 1),
+        (nn.BatchNorm1d(5), (8, 5, 5), 1),
+        (nn.BatchNorm2d(32), (16, 32, 32, 32), 1),
+        (nn.GroupNorm(1, 6), (6, 6, 6), 1),
+        (nn.InstanceNorm1d(5, affine=True), (8, 5, 7), 1),
+        (nn.InstanceNorm2d(5, affine=True), (5, 7, 7), 0),
+        (nn.LayerNorm(5), (5, 5, 5), 2),
+        (nn.Embedding(9, 5), (8, 4, 5), 2),
+        (nn.MultiheadAttention(6, 2), (8, 4, 6), 2),
+        (nn.LSTM(3, 4, bidirectional=True), (7, 2, 8), 2),
+        (nn.LSTM(3, 4, proj_size=2), (7, 4, 2), 2),
+        (nn.GRUCell(3, 4), (4, 4), 1),
+        (nn.PReLU(5), (8, 5, 5), 1),
+        (nn.PReLU(), (8, 5, 4), 2),
+        (nn.Bilinear(3, 4, 5), (8, 5), 1),
+        (nn.ReLU(), (8, 5), 1),
+    ],
+)
+def test_units_of_torch_modules(module: nn.Module, shape: tuple[int, ...], dim: int) -> None:
+    assert unit_dim(shape, unit_rule(module)) == dim
+
+
+class ChannelsFirstNorm(nn.Module):
+    """ConvNeXt's LayerNorm: two vectors tell the channels, the output has them in front."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+
+class Mixer(nn.Module):
+    """Vectors of different sizes tell nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Parameter(torch.ones(16)), nn.Parameter(torch.ones(8))
+
+
+def test_units_of_other_modules() -> None:
+    norm, mixer = unit_rule(ChannelsFirstNorm(6)), unit_rule(Mixer())
+    assert unit_dim((2, 6, 4, 4), norm) == 1
+    assert unit_dim((2, 4, 4, 6), norm) == 3
+    assert unit_dim((6, 6, 4, 4), norm) == 3  # two candidates: the last, as ever
+    assert unit_dim((2, 4, 6, 6), norm) == 3
+    assert mixer.units is None
+    assert unit_dim((2, 16, 8), mixer) == 2
+
+
+def test_an_unlikely_rank_falls_back() -> None:
+    assert unit_dim((5,), UnitRule(5, 1)) == 0
+    assert unit_dim((4, 5), UnitRule(5, -3)) == 1
+
+
+def test_numbers_that_cannot_be_read_do_not_count() -> None:
+    """Sparse and nested tensors and the inside of ``torch.func`` are passed over; a plain neighbour counts."""
+    plain = torch.ones(2)
+    assert first_floating((plain.to_sparse(), plain)) is plain
+    assert first_floating(torch.nested.nested_tensor([plain, torch.ones(3)], layout=torch.jagged)) is None
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(first_floating(row)), row)[1])(torch.ones(3, 2))
+    assert seen == [None]
