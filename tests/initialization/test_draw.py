@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
+from lightning_init import Constant, Distribution, Normal, Orthogonal, Role, TruncatedNormal, Uniform, plan
 from lightning_init.distributed.shards import local_shard_of
 from lightning_init.initialization.draw import (
     GENERIC_ROLE,
@@ -25,12 +26,9 @@ from lightning_init.initialization.draw import (
     measure,
     stream_fingerprint,
 )
-from lightning_init.initialization.initialize import plan
 from lightning_init.initialization.streams import BLOCK, Key, draw_all
-from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
-from lightning_init.schemes.distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
-from lightning_init.schemes.structured import Matrix, Orthogonal
+from lightning_init.schemes.structured import Matrix
 
 
 def part(values: Distribution | Orthogonal, count: int, start: int = 0, key: Key = Key(0, "w")) -> DrawChunk:  # noqa: B008

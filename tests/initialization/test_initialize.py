@@ -12,12 +12,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize, plan
-from lightning_init.initialization.rules import Rule
+from lightning_init import Constant, Normal, Rule, SchemeName, initialize, plan
 from lightning_init.initialization.streams import Key, draw_all
 from lightning_init.initialization.verify import is_distributed
-from lightning_init.schemes.distributions import Constant, Normal
-from lightning_init.schemes.named import SchemeName
 from tests.support.models import AllKinds, mlp
 from tests.support.weights import assert_differ, assert_same, weights_of
 

@@ -11,12 +11,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.plan import Assignment, make_plan
-from lightning_init.initialization.rules import Request, Rule
-from lightning_init.introspect.roles import register
-from lightning_init.schemes.distributions import Constant, Normal, Scheme, Uniform
-from lightning_init.schemes.named import SCHEMES
+from lightning_init import SCHEMES, Assignment, Constant, Normal, Rule, Scheme, Uniform, initialize, register
+from lightning_init.initialization.plan import make_plan
+from lightning_init.initialization.rules import Request
 from tests.support.models import AllKinds, RowTransformer, mlp
 
 

@@ -14,11 +14,8 @@ from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.report import LINES, Entry, InitReport
-from lightning_init.initialization.rules import Rule
-from lightning_init.schemes.distributions import Constant, Normal, TruncatedNormal, Uniform
-from lightning_init.schemes.named import SCHEMES
+from lightning_init import SCHEMES, Constant, InitReport, Normal, Rule, TruncatedNormal, Uniform, initialize
+from lightning_init.initialization.report import LINES, Entry
 from tests.support.models import AllKinds, RowTransformer, mlp
 
 

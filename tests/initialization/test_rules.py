@@ -7,11 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lightning_init.initialization.rules import Request, Rule, check_takes_gain
-from lightning_init.schemes.distributions import Constant, Normal
-from lightning_init.schemes.gains import gain_of
-from lightning_init.schemes.named import SCHEMES, VarianceScaling
-from lightning_init.schemes.structured import Orthogonal
+from lightning_init import SCHEMES, Constant, Normal, Orthogonal, Rule, VarianceScaling, gain_of
+from lightning_init.initialization.rules import Request, check_takes_gain
 
 WITH_GAIN = (
     "xavier_normal, xavier_uniform, xavier_normal_truncated, glorot_normal, glorot_uniform, glorot_normal_truncated, "

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lightning_init import Distribution, Normal, TruncatedNormal, Uniform
 from lightning_init.initialization.streams import BLOCK, Key, blocks, draw_all, one_thread_each, run_on_all_cores
-from lightning_init.schemes.distributions import Distribution, Normal, TruncatedNormal, Uniform
 
 KEY = Key(0, "net.0.weight")
 LONG = 2 * BLOCK + 1001

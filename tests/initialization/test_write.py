@@ -15,14 +15,13 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.utils import parametrizations
 
+from lightning_init import Normal, Rule, Scheme, initialize
 from lightning_init.initialization import streams
 from lightning_init.initialization.draw import Measured, chunks_of, draw_full
-from lightning_init.initialization.initialize import initialize
 from lightning_init.initialization.plan import make_plan
-from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.rules import Request
 from lightning_init.initialization.streams import Block
 from lightning_init.initialization.write import write_all
-from lightning_init.schemes.distributions import Normal, Scheme
 from tests.support.sharded import as_rank
 
 SCHEMES = ["he_normal", "xavier_uniform", "lecun_normal_truncated", "orthogonal", "sparse", "identity"]

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_init.initialization.initialize import initialize, plan
-from lightning_init.initialization.report import InitReport
+from lightning_init import InitReport, initialize, plan
 
 
 class Halved(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init import Constant
 from lightning_init.introspect.normalization import is_norm_by_name, norm_role
 from lightning_init.introspect.roles import role_of
-from lightning_init.schemes.distributions import Constant
 
 
 class LlamaRMSNorm(nn.Module):

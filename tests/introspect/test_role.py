@@ -4,9 +4,8 @@ import dataclasses
 
 import pytest
 
-from lightning_init.introspect.role import KEEP, Role
-from lightning_init.schemes.distributions import Constant, Normal
-from lightning_init.schemes.fans import Fans
+from lightning_init import Constant, Fans, Normal, Role
+from lightning_init.introspect.role import KEEP
 
 
 def test_a_role_is_a_value() -> None:

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_init import Rule, plan
+from lightning_init import Constant, Fans, Normal, Role, Rule, fans_of, plan, register
 from lightning_init.introspect import roles
-from lightning_init.introspect.roles import Fans, Role, fans_of, register, role_of
-from lightning_init.schemes.distributions import Constant, Normal
+from lightning_init.introspect.roles import role_of
 
 
 class Experts(nn.Module):

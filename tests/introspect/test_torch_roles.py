@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_init import Constant, Uniform
 from lightning_init.introspect.roles import role_of
 from lightning_init.introspect.torch_roles import TORCH_ROLES
-from lightning_init.schemes.distributions import Constant, Uniform
 
 MODULES: list[nn.Module] = [
     nn.Linear(200, 300),

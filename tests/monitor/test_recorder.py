@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init import LayerStats
 from lightning_init.distributed import ranks
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.statistics import DEFAULT_STATS, LayerStats
+from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.models import mlp
 from tests.support.oracle import assert_tags_close, expected_tags
 

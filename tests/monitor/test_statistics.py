@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_init.monitor.statistics import DEFAULT_STATS, LayerStats, chosen_stats
+from lightning_init import LayerStats
+from lightning_init.monitor.statistics import DEFAULT_STATS, chosen_stats
 
 
 def test_tags() -> None:

@@ -11,14 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lightning_init.schemes.distributions import (
-    Constant,
-    Distribution,
-    Normal,
-    TruncatedNormal,
-    Uniform,
-    truncated_std,
-)
+from lightning_init import Constant, Distribution, Normal, TruncatedNormal, Uniform
+from lightning_init.schemes.distributions import truncated_std
 
 COUNT = 1 << 16
 

@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.init import _calculate_fan_in_and_fan_out
 
-from lightning_init.introspect.roles import fans_of, role_of
-from lightning_init.schemes.fans import (
-    Fans,
-    bilinear_fans,
-    conv_fans,
-    conv_transpose_fans,
-    embedding_bag_fans,
-)
+from lightning_init import Fans, fans_of
+from lightning_init.introspect.roles import role_of
+from lightning_init.schemes.fans import bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
 from tests.support.simulation import Case, attention, convolution, measure, recurrent, zeroed
 
 

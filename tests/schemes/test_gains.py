@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor, nn
 
+from lightning_init import gain_of
 from lightning_init.schemes import quadrature
-from lightning_init.schemes.gains import ACTIVATIONS, GATES, gain_of
+from lightning_init.schemes.gains import ACTIVATIONS, GATES
 
 # Five digits each, from quadrature at 30 digits with the kinks given.
 TABLE: dict[str, tuple[float, float]] = {

@@ -12,20 +12,24 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.introspect.roles import fans_of
-from lightning_init.schemes.distributions import Constant, Distribution, Normal, Scheme, TruncatedNormal, Uniform
-from lightning_init.schemes.fans import Fans
-from lightning_init.schemes.named import (
+from lightning_init import (
     SCHEMES,
+    Constant,
+    Distribution,
+    Fans,
     FanScheme,
+    Normal,
+    Scheme,
     SchemeName,
     Siren,
     SmallInit,
+    TruncatedNormal,
+    Uniform,
     VarianceScaling,
-    name_of,
-    scheme_of,
+    fans_of,
+    initialize,
 )
+from lightning_init.schemes.named import name_of, scheme_of
 
 Std = Callable[[float, float], float]
 """From fan_in and fan_out to the standard deviation around 0."""

@@ -12,21 +12,20 @@ import torch
 from scipy import linalg, stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.rules import Rule
-from lightning_init.initialization.streams import Key, draw_all
-from lightning_init.schemes.distributions import Normal, Scheme
-from lightning_init.schemes.structured import (
+from lightning_init import (
     DeltaOrthogonal,
-    DrawNormal,
     Identity,
-    Matrix,
+    Normal,
     Orthogonal,
+    Rule,
+    Scheme,
     Sparse,
     StructuredScheme,
     ZerO,
-    haar,
+    initialize,
 )
+from lightning_init.initialization.streams import Key, draw_all
+from lightning_init.schemes.structured import DrawNormal, Matrix, haar
 
 # A layer, its weight, how many slices and groups it holds, and whether it is stored (in, out, …).
 LAYERS: Mapping[str, tuple[Callable[[], nn.Module], str, int, int, bool]] = {
