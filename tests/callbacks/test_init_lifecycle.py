@@ -22,6 +22,7 @@ from tests.support.lifecycle import (
 )
 from tests.support.lifecycle.setting import Setting, initialized, new_callback, small_conv_net
 from tests.support.models import DigitsModule
+from tests.support.modules import Pretrained, loaded
 from tests.support.trainers import make_trainer
 from tests.support.weights import assert_same, weights_of
 
@@ -51,21 +52,14 @@ def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path)
         assert_same(model.starts[0], initialized())
 
 
-class Pretrained(DigitsModule):
-    """Loads weights in ``__init__``, as ``from_pretrained`` does."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(small_conv_net)
-        self.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-
-
 def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
     setting = Setting("single", tmp_path)
     trained = setting.model(small_conv_net)
     trainer = setting.trainer()
     trainer.fit(trained)
     trainer.save_checkpoint(tmp_path / "pretrained.ckpt")
-    model = Pretrained(tmp_path / "pretrained.ckpt")
+    state = torch.load(tmp_path / "pretrained.ckpt", weights_only=True)["state_dict"]
+    model = Pretrained(lambda: loaded(small_conv_net(), {n.removeprefix("network."): w for n, w in state.items()}))
     with pytest.raises(ValueError, match=r"num_batches_tracked(.|\n)*keep"):
         setting.trainer(new_callback()).fit(model)
     assert_same(weights_of(model), weights_of(trained))

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor
+from tests.support.faults import broken
 from tests.support.models import DigitsMLP, digits
-from tests.support.monitored_fits import At, fit, hooks_of, raise_runtime_error
+from tests.support.monitored_fits import At, fit, hooks_of
 from tests.support.oracle import MemoryLogger
 from tests.support.trainers import make_trainer
 
@@ -43,14 +44,14 @@ def failing_step(module: LightningModule) -> None:
 @pytest.mark.parametrize(
     ("event", "action"),
     [
-        ("on_fit_start", raise_runtime_error),
+        ("on_fit_start", broken),
         ("on_fit_start", failing_step),
-        ("on_train_batch_start", raise_runtime_error),
-        ("on_before_backward", raise_runtime_error),
+        ("on_train_batch_start", broken),
+        ("on_before_backward", broken),
         ("on_before_optimizer_step", interrupt),
-        ("on_train_batch_end", raise_runtime_error),
+        ("on_train_batch_end", broken),
         ("on_train_batch_start", terminate),
-        ("on_train_end", raise_runtime_error),
+        ("on_train_end", broken),
     ],
 )
 @pytest.mark.parametrize("neighbour_first", [True, False])

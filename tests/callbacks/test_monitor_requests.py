@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
 from lightning_init.monitor.statistics import EDGES
+from tests.support.faults import AFTER_STEP, broken
 from tests.support.models import DigitsMLP, digits, mlp
 from tests.support.oracle import BatchModule, MemoryLogger, cross_entropy, share_left_by_clipping
 from tests.support.trainers import make_trainer
@@ -89,15 +90,12 @@ def test_no_hook_stays_on_an_optimizer() -> None:
 
 
 def test_a_fault_after_the_step_is_said_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
-        raise RuntimeError("bad luck")
-
-    monkeypatch.setattr("lightning_init.monitor.parameter_norms.ParameterNorms.after_step", broken)
+    monkeypatch.setattr(AFTER_STEP.target, broken)
     module = DigitsMLP()
     trainer = make_trainer(
         max_steps=3, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(1, stats=STEP_STATS)]
     )
-    with pytest.warns(UserWarning, match="after the optimizer's step: RuntimeError: bad luck"):
+    with pytest.warns(UserWarning, match=f"{AFTER_STEP.where}: RuntimeError: bad luck"):
         trainer.fit(module)
     assert trainer.global_step == 3
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_init import ActivationVarianceMonitor, observe
 from tests.support.models import DigitsConvNet, DigitsLSTM, DigitsTransformer, digits
+from tests.support.modules import Checkpointed
 from tests.support.oracle import DEFAULT_STATS, Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer
@@ -117,24 +117,9 @@ def test_far_from_zero_on_ranks() -> None:
     assert_tags_close(actual, expected)
 
 
-class Checkpointed(nn.Module):
-    """Two blocks that are computed again in the backward pass."""
-
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.blocks, self.head = (
-            nn.Linear(64, 16),
-            nn.ModuleList([mlp_block(), mlp_block()]),
-            nn.Linear(16, 10),
-        )
-        self.reentrant = reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return self.head(x)  # type: ignore[no-any-return]
+def checkpointed(reentrant: bool) -> Checkpointed:
+    torch.manual_seed(0)
+    return Checkpointed(nn.Linear(64, 16), [mlp_block(), mlp_block()], nn.Linear(16, 10), reentrant=reentrant)
 
 
 def mlp_block() -> nn.Sequential:
@@ -145,10 +130,10 @@ def mlp_block() -> nn.Sequential:
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_checkpointed_blocks_count_once(reentrant: bool, accumulation: int) -> None:
     sizes = [[8, 5], [3, 9]]
-    steps = run_ranks(monitored, 2, Checkpointed(reentrant), sizes, accumulation)[0]
+    steps = run_ranks(monitored, 2, checkpointed(reentrant), sizes, accumulation)[0]
     ranks = [[(x.double(), y) for x, y in batches_of(rank, sizes[rank])] for rank in range(2)]
-    plain = Checkpointed(reentrant).double()
-    plain.forward = lambda x: plain.head(nn.Sequential(*plain.blocks)(plain.first(x)))  # type: ignore[method-assign]
+    plain = checkpointed(reentrant).double()
+    plain.recompute = False
     expected = expected_tags(
         plain,
         [batches[:accumulation] for batches in ranks],

@@ -15,6 +15,7 @@ from lightning_init import SCHEMES, Assignment, Constant, Normal, Rule, Scheme, 
 from lightning_init.initialization.plan import make_plan
 from lightning_init.initialization.rules import Request
 from tests.support.models import AllKinds, RowTransformer, mlp
+from tests.support.modules import Unknown
 
 
 def planned(
@@ -135,12 +136,6 @@ def test_a_bias_of_zero_asked_for_is_zero_in_the_forget_gate_too() -> None:
 
 def frozen() -> nn.Module:
     return nn.Linear(2, 3).requires_grad_(False)
-
-
-class Unknown(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.ones(3, 4, dtype=dtype), requires_grad=dtype.is_floating_point)
 
 
 class Kept(Unknown):

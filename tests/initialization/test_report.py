@@ -17,12 +17,7 @@ from torch.nn.utils import parametrizations
 from lightning_init import SCHEMES, Constant, InitReport, Normal, Rule, TruncatedNormal, Uniform, initialize
 from lightning_init.initialization.report import LINES, Entry
 from tests.support.models import AllKinds, RowTransformer, mlp
-
-
-class Unknown(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.ones(3, 4))
+from tests.support.modules import Unknown
 
 
 def motley() -> nn.Module:

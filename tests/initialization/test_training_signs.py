@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,33 +18,15 @@ from lightning_init.initialization.training_signs import signs_of_training
 from lightning_init.introspect import roles
 from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
 from tests.support.models import DigitsModule, RowLSTM, conv_net, digits, mlp
-from tests.support.trainers import make_trainer
-from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+from tests.support.modules import Pretrained, loaded
+from tests.support.training import fresh, trained, weights_at_start
+from tests.support.weights import assert_differ, assert_same, weights_of
 
 SEEDS = 10
 
 
 def signs(model: nn.Module, *rules: Rule) -> list[str]:
     return signs_of_training(plan(model, rules=rules), model)
-
-
-def fresh(build: Build, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return build()
-
-
-def trained(
-    model: nn.Module, steps: int, make_optimizer: Callable[..., torch.optim.Optimizer] | None = None
-) -> nn.Module:
-    """Real steps on real digits, 32 a batch; AdamW with a learning rate of 1e-3 unless said otherwise."""
-    optimizer = (make_optimizer or partial(torch.optim.AdamW, lr=1e-3))(model.parameters())
-    pixels, classes = digits()
-    for assignment in range(steps):
-        batch = slice(32 * assignment % 1600, 32 * assignment % 1600 + 32)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return model
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])
@@ -229,38 +210,25 @@ def layers(found: list[str]) -> set[str]:
     return {sign.split(".")[0] for sign in found}
 
 
-class Pretrained(DigitsModule):
-    """Loads a backbone in ``__init__`` and puts a head of its own on it."""
-
-    def __init__(self, backbone: nn.Module, path: Path) -> None:
-        super().__init__(nn.Identity)
-        backbone.load_state_dict(torch.load(path, weights_only=True))
-        self.network = nn.Identity()
-        self.backbone = backbone
-        self.head = nn.Linear(10, 10)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(pixels))
-        return logits
-
-
 @pytest.mark.parametrize("build", [partial(mlp, 64), conv_net, RowLSTM])
 def test_loaded_weights_are_refused_and_the_rule_to_paste_keeps_them(build: Build, tmp_path: Path) -> None:
     torch.save(trained(fresh(build), 50).state_dict(), tmp_path / "backbone.pt")
-    model = Pretrained(fresh(build, 1), tmp_path / "backbone.pt")
-    rules = refusal_of(model, r"backbone\.")
-    assert rules == [Rule("backbone.*", "keep")]
-    before, start = weights_of(model), fit(model, InitCallback(seed=3, rules=rules))
-    assert_same(kept(start, "backbone."), kept(before, "backbone."))
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    model = Pretrained(lambda: loaded(fresh(build, 1), state), new_head=True)
+    rules = refusal_of(model, r"network\.")
+    assert rules == [Rule("network.*", "keep")]
+    before, start = weights_of(model), weights_at_start(model, InitCallback(seed=3, rules=rules))
+    assert_same(kept(start, "network."), kept(before, "network."))
     assert_differ(kept(start, "head."), kept(before, "head."))
 
 
 def test_when_always_draws_over_trained_weights(tmp_path: Path) -> None:
     torch.save(trained(fresh(mlp), 50).state_dict(), tmp_path / "backbone.pt")
-    model = Pretrained(fresh(mlp, 1), tmp_path / "backbone.pt")
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    model = Pretrained(lambda: loaded(fresh(mlp, 1), state), new_head=True)
     expected = copy.deepcopy(model)
     initialize(expected, seed=3)
-    assert_same(fit(model, InitCallback(seed=3, when="always")), weights_of(expected))
+    assert_same(weights_at_start(model, InitCallback(seed=3, when="always")), weights_of(expected))
 
 
 def test_a_weight_of_the_model_itself_takes_the_rest_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,20 +246,12 @@ def refusal_of(model: DigitsModule, evidence: str) -> list[Rule]:
     """The rules that the error prints, as Python reads them; the weights must be as they were."""
     before = weights_of(model)
     with pytest.raises(ValueError, match=rf"signs of training(.|\n)*{evidence}(.|\n)*when='always'") as error:
-        fit(model, InitCallback(seed=3))
+        weights_at_start(model, InitCallback(seed=3))
     assert_same(weights_of(model), before)
     to_paste = re.search(r"rules=(\[.*?\])", str(error.value))
     assert to_paste
     rules: list[Rule] = eval(to_paste[1], {"Rule": Rule})
     return rules
-
-
-def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
-    """The weights that training starts from."""
-    start = WeightsAtStart()
-    options: dict[str, Any] = {"max_steps": 1, "limit_val_batches": 0}
-    make_trainer(callbacks=[callback, start], **options).fit(model)
-    return start.at_start
 
 
 def kept(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

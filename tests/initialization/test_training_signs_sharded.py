@@ -12,10 +12,10 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from lightning_init import plan
 from lightning_init.initialization.training_signs import signs_of_training
-from tests.initialization.test_training_signs import trained
 from tests.support.kinds import lstm_with_open_forget_gates
 from tests.support.models import RowLSTM, conv_net
 from tests.support.sharded import as_rank
+from tests.support.training import trained
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, placement: Placement) -> nn.Module:

@@ -14,10 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_init import InitCallback, Rule, initialize, plan
 from lightning_init.initialization.training_signs import signs_of_training
-from tests.support.models import DigitsModule
-from tests.support.trainers import make_trainer
+from tests.support.modules import Pretrained
+from tests.support.training import weights_at_start
 from tests.support.transformer_models import MODELS, WIDTH, batch_for
-from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+from tests.support.weights import assert_differ, assert_same, weights_of
 
 UNKNOWN = "module type unknown"
 LEFT_ALONE: dict[str, dict[str, str]] = {
@@ -172,19 +172,11 @@ def test_a_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
     assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)  # type: ignore[union-attr]
 
 
-class Pretrained(DigitsModule):
-    """A model loaded by ``from_pretrained`` in ``__init__``, with a new head."""
-
-    def __init__(self, auto: type[PreTrainedModel], folder: Path) -> None:
-        super().__init__(nn.Identity)
-        self.loaded = auto.from_pretrained(folder).train()
-        self.head = nn.Linear(10, 10)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        words = (pixels[:, :8] + 1).abs().mul(9).clamp(0, 59).long()
-        logits = self.loaded(input_ids=words).logits
-        result: Tensor = self.head(logits[:, :10] if logits.ndim == 2 else logits[:, -1, :10])
-        return result
+def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The model reads the brightness of the first pixels as words."""
+    words = (pixels[:, :8] + 1).abs().mul(9).clamp(0, 59).long()
+    logits: Tensor = model(input_ids=words).logits
+    return logits[:, :10] if logits.ndim == 2 else logits[:, -1, :10]
 
 
 @pytest.mark.parametrize(("name", "auto"), [("bert", BertForSequenceClassification), ("llama", AutoModelForCausalLM)])
@@ -194,24 +186,17 @@ def test_from_pretrained_is_refused_and_the_rule_to_paste_keeps_it(
     trained = fresh(name)
     step_of(trained)
     trained.save_pretrained(tmp_path)  # type: ignore[operator]
-    model = Pretrained(auto, tmp_path)
+    model = Pretrained(lambda: auto.from_pretrained(tmp_path).train(), new_head=True, call=logits_of)
     before = weights_of(model)
     assert_same(
-        {path.removeprefix("loaded."): w for path, w in before.items() if path.startswith("loaded.")},
+        {path.removeprefix("network."): w for path, w in before.items() if path.startswith("network.")},
         weights_of(trained),
     )
     with pytest.raises(ValueError, match=r"signs of training(.|\n)*[nN]orm(.|\n)*is not constant") as error:
-        fit(model, InitCallback(seed=3))
+        weights_at_start(model, InitCallback(seed=3))
     assert_same(weights_of(model), before)
-    assert "rules=[Rule('loaded.*', 'keep')]" in str(error.value)
-    start = fit(model, InitCallback(seed=3, rules=[Rule("loaded.*", "keep")]))
-    loaded = {path for path in before if path.startswith("loaded.")}
+    assert "rules=[Rule('network.*', 'keep')]" in str(error.value)
+    start = weights_at_start(model, InitCallback(seed=3, rules=[Rule("network.*", "keep")]))
+    loaded = {path for path in before if path.startswith("network.")}
     assert_same({path: start[path] for path in loaded}, {path: before[path] for path in loaded})
     assert_differ({"head": start["head.weight"]}, {"head": before["head.weight"]})
-
-
-def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
-    """The weights that training starts from."""
-    start = WeightsAtStart()
-    make_trainer(callbacks=[callback, start], max_steps=1, limit_val_batches=0).fit(model)
-    return start.at_start

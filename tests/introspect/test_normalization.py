@@ -9,29 +9,7 @@ from torch import Tensor, nn
 from lightning_init import Constant
 from lightning_init.introspect.normalization import is_norm_by_name, norm_role
 from lightning_init.introspect.roles import role_of
-
-
-class LlamaRMSNorm(nn.Module):
-    """As in transformers: another library's own norm."""
-
-    def __init__(self, units: int, start: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((units,), start))
-        self.calls = 0
-
-    def normalised(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * self.normalised(x)
-
-
-class GemmaRMSNorm(LlamaRMSNorm):
-    """Zero-centred: its scale is 1 + weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (1.0 + self.weight) * self.normalised(x)
+from tests.support.modules import GemmaRMSNorm, LlamaRMSNorm
 
 
 class MambaRMSNormGated(LlamaRMSNorm):

@@ -12,8 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from lightning_init import Role
 from lightning_init.introspect.roles import role_of
-from tests.introspect.test_normalization import GemmaRMSNorm, LlamaRMSNorm
-from tests.schemes.test_fans import TransformersConv1D
+from tests.support.modules import GemmaRMSNorm, LlamaRMSNorm, TransformersConv1D
 from tests.support.ranks import run_ranks
 
 

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector, LayerRecord
 from lightning_init.monitor.moments import signal_variance, variance
 from lightning_init.monitor.statistics import DEFAULT_STATS
+from tests.support.collecting import Loss, fail, squared
+from tests.support.modules import Checkpointed
 from tests.support.oracle import Watched
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def squared(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x).square().mean()
-
-
-def fail(name: str, error: Exception) -> None:
-    raise AssertionError(name) from error
 
 
 def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, LayerRecord]:
@@ -59,7 +48,7 @@ def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squar
     return records
 
 
-class Residual(nn.Module):
+class InPlaceResidual(nn.Module):
     """``out += x`` and an in-place ReLU behind a Linear, whose output is a view for three dimensions."""
 
     def __init__(self) -> None:
@@ -76,7 +65,7 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("shape", [(8, 6), (4, 5, 6)])
 def test_in_place_operations(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    records = assert_equals_oracle(Residual(), torch.randn(shape))
+    records = assert_equals_oracle(InPlaceResidual(), torch.randn(shape))
     assert list(records) == ["a", "act", "b"]
 
 
@@ -100,23 +89,14 @@ def test_modules_called_several_times() -> None:
     assert records["a"].outputs[6].n == 3 * 11 * 6
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.a, self.b = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 6)
-        self.run: Callable[..., Any] = partial(checkpoint, use_reentrant=reentrant)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.b(x)  # reentrant checkpointing needs an input with a gradient
-        return self.b(self.run(self.a, x))
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
     torch.manual_seed(0)
-    network = Checkpointed(reentrant)
+    twice = nn.Linear(6, 6)
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    network = Checkpointed(twice, [block], twice, reentrant=reentrant)
     plain = copy.deepcopy(network)
-    plain.run = lambda function, x: function(x)
+    plain.recompute = False
     x = torch.randn(8, 6)
     with_it, without = tapped(network, x), tapped(plain, x)
     assert_equals_oracle(plain, x)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor, observe
+from tests.support.faults import MOMENTS_OF, broken
 from tests.support.models import digits, mlp
 from tests.support.oracle import BatchModule, MemoryLogger, assert_tags_close, cross_entropy, expected_tags
 from tests.support.trainers import make_trainer
@@ -78,10 +79,7 @@ def test_errors_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in model.modules())
 
-    def broken(*args: Any) -> None:
-        raise RuntimeError("bad luck")
-
-    monkeypatch.setattr("lightning_init.monitor.collector.moments_of", broken)
+    monkeypatch.setattr(MOMENTS_OF.target, broken)
     with observe(model) as watching:
         model(PIXELS)
     with pytest.raises(RuntimeError, match="observation has failed: rank 0: hook on layer '0': RuntimeError: bad luck"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lightning_init.distributed import ranks
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import DEFAULT_STATS
+from tests.support.faults import PACK, PACK_NORMS, broken, moments_of_layer
 from tests.support.models import mlp
 from tests.support.oracle import assert_tags_close, expected_tags
 
@@ -162,11 +162,7 @@ def test_widths_that_never_come_again_are_forgotten() -> None:
 
 @pytest.mark.parametrize(
     ("target", "where"),
-    [
-        ("lightning_init.monitor.collector.moments_of", "hook on layer '0'"),
-        ("lightning_init.monitor.exchange.VectorLayout.pack", "packing"),
-        ("lightning_init.monitor.parameter_norms.ParameterNorms.packed", "packing"),
-    ],
+    [moments_of_layer("0"), PACK, PACK_NORMS],
 )
 @pytest.mark.parametrize("healthy_steps", [0, 1])
 def test_a_fault_ends_it_with_its_cause(
@@ -177,12 +173,9 @@ def test_a_fault_ends_it_with_its_cause(
     for _ in range(healthy_steps):
         assert measure(recorder, network, *batch()) is not None
 
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("no such thing")
-
     monkeypatch.setattr(target, broken)
     assert measure(recorder, network, *batch()) is None
-    assert recorder.disabled_reason == f"rank 0: {where}: RuntimeError: no such thing"
+    assert recorder.disabled_reason == f"rank 0: {where}: RuntimeError: bad luck"
     monkeypatch.undo()
     assert measure(recorder, network, *batch()) is None
 

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.monitor.test_collector import fail
+from tests.support.collecting import fail
 
 
 def test_an_activation_without_predecessor_learns_nothing_from_the_batch_before() -> None:

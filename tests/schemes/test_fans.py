@@ -6,29 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.init import _calculate_fan_in_and_fan_out
 
 from lightning_init import Fans, fans_of
 from lightning_init.introspect.roles import role_of
 from lightning_init.schemes.fans import bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
+from tests.support.modules import TransformersConv1D
 from tests.support.simulation import Case, attention, convolution, measure, recurrent, zeroed
-
-
-class TransformersConv1D(nn.Module):
-    """As transformers writes it: a Linear stored (in, out), known by its qualified name."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.nf = out_features
-        self.weight = nn.Parameter(torch.zeros(in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-TransformersConv1D.__module__, TransformersConv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
 def matrix(name: str, module: nn.Module, shape: tuple[int, ...]) -> Case:
