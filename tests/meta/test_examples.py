@@ -20,7 +20,10 @@ from examples.runs import Run
 from lightning_init import InitCLI
 
 # Lightning 2.6 calls what jsonargparse 4 has renamed, also where it loads a checkpoint that its CLI has written.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 CONSOLE_SCRIPT = Path(sys.executable).with_name("lightning-init")
@@ -35,36 +38,51 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lightning_init(folder: Path, *arguments: str) -> str:
-    """Run the console script; its standard output and error."""
+def start(folder: Path, name: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a fit of the demo by the console script; what it prints goes to the file."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTHONPATH"))}
-    run = subprocess.run(
-        [CONSOLE_SCRIPT, *arguments],
-        cwd=folder,
-        env={**environment, "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout
-    return run.stdout
+    printed = folder / f"{name}.txt"
+    with printed.open("w") as file:
+        process = subprocess.Popen(
+            [CONSOLE_SCRIPT, "fit", "--config", f"{ROOT}/configs/digits.yaml", *flags],
+            cwd=folder,
+            env={**environment, "COLUMNS": "120"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    return process, printed
 
 
 @pytest.fixture(scope="module")
-def default(folder: Path) -> Run:
-    flags = ["--init.scheme", "torch_default", "--trainer.logger.name", "torch_default"]
-    lightning_init(folder, "fit", "--config", f"{ROOT}/configs/digits.yaml", *flags)
-    return Run.read(folder / "runs/digits/torch_default")
+def runs(folder: Path) -> dict[str, Run]:
+    """Both runs, at the same time: half of each is spent on imports and on waiting for one another."""
+    started = {
+        "torch_default": start(
+            folder, "torch_default", "--init.scheme", "torch_default", "--trainer.logger.name", "torch_default"
+        ),
+        "he_normal": start(folder, "he_normal"),
+    }
+    try:
+        for process, printed in started.values():
+            assert process.wait() == 0, printed.read_text()
+    finally:
+        for process, _ in started.values():
+            process.kill()
+    printed_by_he = started["he_normal"][1].read_text()
+    assert "Starting with 2 processes" in printed_by_he
+    assert "he_normal, seed 1: 42 of 42 parameters drawn" in printed_by_he
+    assert "Epoch 29/29" in printed_by_he  # the progress bar
+    return {name: Run.read(folder / "runs/digits" / name) for name in started}
 
 
-@pytest.fixture(scope="module")
-def he(folder: Path) -> Run:
-    printed = lightning_init(folder, "fit", "--config", f"{ROOT}/configs/digits.yaml")
-    assert "Starting with 2 processes" in printed
-    assert "he_normal, seed 1: 42 of 42 parameters drawn" in printed
-    assert "Epoch 29/29" in printed  # the progress bar
-    return Run.read(folder / "runs/digits/he_normal")
+@pytest.fixture
+def default(runs: dict[str, Run]) -> Run:
+    return runs["torch_default"]
+
+
+@pytest.fixture
+def he(runs: dict[str, Run]) -> Run:
+    return runs["he_normal"]
 
 
 def at_first_step(run: Run, stat: str, layers: list[str]) -> list[float]:

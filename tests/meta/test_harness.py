@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from tests.support.ranks import RankError, RankTimeout, run_ranks
 
+pytestmark = pytest.mark.processes
+
 children: list[subprocess.Popen[bytes]] = []  # keeps them referenced: Popen warns when dropped alive
 
 

@@ -93,6 +93,7 @@ def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> 
     assert event.value == 1.0
 
 
+@pytest.mark.processes
 def test_without_compiled_checksums_nothing_is_said_and_nothing_replaced(tmp_path: Path) -> None:
     """As where there is no wheel of google-crc32c, and warnings are errors."""
     script = f"""

@@ -38,8 +38,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+# Imported once, by the process that all ranks are forked from. lightning_init is imported with the environment of the
+# first test that starts ranks: what it reads from the environment while it is imported, only a fresh Python can test.
 PRELOAD = [
     "lightning.pytorch",
+    "lightning_init",
     "pytest",
     "rich.table",
     "sklearn.datasets",
