@@ -82,6 +82,7 @@ WITHOUT_ALIASES = list({scheme: name for name, scheme in reversed(SCHEMES.items(
 NOT_CONSTANT = [name for name in WITHOUT_ALIASES if name not in ("zeros", "ones")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", WITHOUT_ALIASES)
 def test_good_draws_pass(scheme: str) -> None:
     """Within five standard errors are all but one in two million draws of large parameters; small ones are wider."""

@@ -42,6 +42,7 @@ def test_one_step_of_adamw_is_recognised(kind: str) -> None:
         assert signs(trained(fresh(KINDS[kind], seed), 1)), f"seed {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_longer_training_is_recognised(kind: str) -> None:
     for steps in (20, 200):
@@ -86,6 +87,7 @@ def uniform(width: float, *shape: int) -> nn.Linear:
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [

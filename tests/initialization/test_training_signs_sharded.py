@@ -17,6 +17,8 @@ from tests.support.models import RowLSTM, conv_net
 from tests.support.sharded import as_rank
 from tests.support.training import trained
 
+pytestmark = pytest.mark.slow
+
 
 def shard(model: nn.Module, mesh: DeviceMesh, placement: Placement) -> nn.Module:
     """Every parameter as FSDP2 leaves it; short dimensions leave ranks without elements."""

@@ -140,6 +140,7 @@ LAYOUTS: list[tuple[tuple[int, ...], list[Placement]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", range(4))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("block", [4, 16, 50])

@@ -28,6 +28,7 @@ def test_digits_are_standardised() -> None:
     assert pixels.var().item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [DigitsMLP, DigitsConvNet, DigitsLSTM, DigitsTransformer, partial(LateModule, mlp)],

@@ -69,6 +69,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("shape", "unit_dim"), SHAPES)
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, -1e4])

@@ -80,6 +80,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_both_fans_keep_a_variance_of_one(case: Case) -> None:
     role = role_of(case.module, case.parameter)

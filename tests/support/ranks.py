@@ -46,9 +46,11 @@ PRELOAD = [
     "pytest",
     "rich.table",
     "sklearn.datasets",
+    "torch.distributed._tensor",  # loading an FSDP2 checkpoint imports it, for a third of a second
     "torch._dynamo",  # optimizers import it at their first step
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.experimental",
     "torch.distributed.tensor.parallel",
     "torch.utils.tensorboard",
 ]
