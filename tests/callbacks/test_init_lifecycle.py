@@ -68,7 +68,7 @@ def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
 def test_fast_dev_run_initialises() -> None:
     model: LightningModule = DigitsModule(small_conv_net)
     make_trainer(fast_dev_run=True, callbacks=[new_callback()]).fit(model)
-    assert model.network[-1].bias.abs().max() < 0.01  # type: ignore[index,operator]  # 0 and one step of AdamW
+    assert model.network[-1].bias.abs().max() < 0.01  # 0 and one step of AdamW
 
 
 def test_without_a_seed_that_of_seed_everything_decides_each_time(

@@ -31,14 +31,14 @@ def test_an_interval_is_a_whole_number_above_zero(interval: Any) -> None:
 
 def test_an_unknown_statistic() -> None:
     with pytest.raises(ValueError, match=r"'activation_varience'; allowed: .*; did you mean 'activation_variance'"):
-        ActivationVarianceMonitor(stats=["activation_varience"])  # type: ignore[list-item]
+        ActivationVarianceMonitor(stats=["activation_varience"])
 
 
 def test_a_name_instead_of_a_list() -> None:
     with pytest.raises(TypeError, match=r"layers must be a list of names, got 'network.0'; write \['network.0'\]"):
-        ActivationVarianceMonitor(layers="network.0")  # type: ignore[arg-type]
+        ActivationVarianceMonitor(layers="network.0")
     with pytest.raises(TypeError, match="stats must be a list of names, got 'default'"):
-        ActivationVarianceMonitor(stats="default")  # type: ignore[arg-type]
+        ActivationVarianceMonitor(stats="default")
 
 
 def test_a_glob_that_matches_no_layer_stops_the_fit() -> None:

@@ -105,7 +105,7 @@ class Uneven(nn.Module):
         else:
             hidden = hidden + 0 * sum(p.sum() for p in self.extra.parameters())  # DDP wants every gradient
         self.calls += 1
-        return self.head(hidden)  # type: ignore[no-any-return]
+        return self.head(hidden)
 
 
 def fit_uneven() -> dict[int, dict[str, float]]:
@@ -133,8 +133,8 @@ def test_ranks_whose_layouts_differ() -> None:
     for step, actual in steps.items():
 
         def loss(network: nn.Module, batch: Any, step: int = step) -> Tensor:
-            x, y, network.rank = batch  # type: ignore[assignment]
-            network.calls = step  # type: ignore[assignment]
+            x, y, network.rank = batch
+            network.calls = step
             return nn.functional.cross_entropy(network(x), y)
 
         rows = [slice(100 * rank + 8 * step, 100 * rank + 8 * step + 8) for rank in range(2)]

@@ -35,7 +35,7 @@ def terminate(module: LightningModule) -> None:
 
 def failing_step(module: LightningModule) -> None:
     def step(*args: Any) -> None:
-        module.network(digits()[0][:4])  # type: ignore[operator]
+        module.network(digits()[0][:4])
         raise RuntimeError("bad luck")
 
     module.training_step = step
@@ -94,7 +94,7 @@ def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
         buffer = io.BytesIO()
         torch.save(module.network, buffer)
         saved.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
-        saved.append(copy.deepcopy(module.network))  # type: ignore[arg-type]
+        saved.append(copy.deepcopy(module.network))
         saved.append(pickle.loads(pickle.dumps(module.network)))
 
     module = DigitsMLP()

@@ -100,7 +100,7 @@ class GAN(LightningModule):
         yield (1 - judge(fake)).square().mean()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        for loss, optimizer in zip(self.losses(batch[0]), self.optimizers(), strict=True):  # type: ignore[arg-type]
+        for loss, optimizer in zip(self.losses(batch[0]), self.optimizers(), strict=True):
             optimizer.zero_grad()
             loss.backward() if self.direct else self.manual_backward(loss)
             optimizer.step()
@@ -136,9 +136,9 @@ def gan_gradient_variances(module: GAN, batch: Batch) -> dict[str, float]:
 def test_several_optimizers_by_hand() -> None:
     torch.manual_seed(0)
     module = GAN()
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     slow = copy.deepcopy(module).double()
-    slow.batches = None  # type: ignore[assignment]
+    slow.batches = None
     steps = fit(module, ActivationVarianceMonitor(1))
     assert sorted(steps) == [0, 1]
     expected = gan_norms(slow, batches(2)[1])
@@ -164,7 +164,7 @@ def test_only_the_losses_gradients_count() -> None:
     torch.manual_seed(0)
     module = Curious()
     slow = copy.deepcopy(module).double()
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     steps = fit(module, ActivationVarianceMonitor(1))
     for name, variance in gan_gradient_variances(slow, batches(2)[1]).items():
         assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
@@ -172,7 +172,7 @@ def test_only_the_losses_gradients_count() -> None:
 
 def test_a_backward_lightning_does_not_know_of() -> None:
     module = GAN(direct=True)
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     with pytest.warns(UserWarning, match="sees no gradients, because loss.backward.. is called directly") as caught:
         steps = fit(module, ActivationVarianceMonitor(1))
     assert len([w for w in caught if "sees no gradients" in str(w.message)]) == 1
@@ -196,7 +196,7 @@ def test_lbfgs_evaluates_often_and_the_first_evaluation_counts() -> None:
 def scaler_plugin(scale: float = 2.0**16) -> MixedPrecision:
     """float16's gradient scaler around a step in float32: what CUDA does, as far as a CPU can."""
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
-    plugin.forward_context = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign,assignment]
+    plugin.forward_context = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[return-value]
     return plugin
 
 

@@ -39,8 +39,8 @@ def expected_step(network: nn.Module, clip: float, rate: float) -> dict[str, flo
     for name, own in layers.items():
         tags[f"gradient_norm/{name}"] = gradients[name]
         tags[f"gradient_norm_clipped/{name}"] = gradients[name] * share
-        tags[f"weight_norm/{name}"] = norm(own)  # type: ignore[arg-type]
-        tags[f"update_ratio/{name}"] = rate * gradients[name] * share / norm(own)  # type: ignore[arg-type]
+        tags[f"weight_norm/{name}"] = norm(own)
+        tags[f"update_ratio/{name}"] = rate * gradients[name] * share / norm(own)
     return tags
 
 
@@ -71,7 +71,7 @@ def step_hooks(module: LightningModule) -> list[Any]:
     return [
         hook
         for optimizer in (optimizers if isinstance(optimizers, list) else [optimizers])
-        for hook in optimizer._optimizer_step_post_hooks.values()  # type: ignore[union-attr]
+        for hook in optimizer._optimizer_step_post_hooks.values()
     ]
 
 

@@ -33,15 +33,15 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 10))
     with torch.no_grad():
-        layers[0].bias[3] = -1e3  # type: ignore[index]
-        layers[2].weight.mul_(8)  # type: ignore[operator]
-        layers[4].bias.add_(100)  # type: ignore[operator]
+        layers[0].bias[3] = -1e3
+        layers[2].weight.mul_(8)
+        layers[4].bias.add_(100)
     return layers
 
 
 def monitored(network: nn.Module, sizes: list[list[int]], accumulation: int) -> dict[int, dict[str, float]]:
     rank = dist.get_rank()
-    memory, monitor = MemoryLogger(), ActivationVarianceMonitor(1, stats=["default", *ON_REQUEST])  # type: ignore[list-item]
+    memory, monitor = MemoryLogger(), ActivationVarianceMonitor(1, stats=["default", *ON_REQUEST])
     trainer = make_ddp_trainer(
         max_epochs=1,
         callbacks=[monitor],
@@ -94,8 +94,8 @@ def far_network() -> nn.Module:
 
 
 def far_loss(network: nn.Module, batch: Batch) -> Tensor:
-    outputs = network[0](batch[0])  # type: ignore[index]
-    return outputs.mean() + 1e-4 * (outputs - 1e4).square().mean() + 0 * network[1](outputs).sum()  # type: ignore[index,no-any-return]
+    outputs = network[0](batch[0])
+    return outputs.mean() + 1e-4 * (outputs - 1e4).square().mean() + 0 * network[1](outputs).sum()
 
 
 def monitored_far() -> dict[int, dict[str, float]]:
@@ -166,7 +166,7 @@ def neutral(kind: str, monitor: bool) -> tuple[dict[str, Tensor], Tensor]:
     """Weights and random state after an epoch of DDP with dropout."""
     seed_everything(3, verbose=False)
     module = {"conv": DigitsConvNet, "lstm": DigitsLSTM, "transformer": partial(DigitsTransformer, dropout=0.1)}[kind]()
-    callbacks = [ActivationVarianceMonitor(1, stats=["default", *ON_REQUEST])] if monitor else []  # type: ignore[list-item]
+    callbacks = [ActivationVarianceMonitor(1, stats=["default", *ON_REQUEST])] if monitor else []
     make_ddp_trainer(max_epochs=1, callbacks=callbacks, logger=MemoryLogger()).fit(module)
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}, torch.get_rng_state()
 

@@ -91,9 +91,9 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     def counted(self: Block, *args: object) -> Tensor:
         if len(self) > 16:  # the start of the stream, which ranks compare, has 16 values
             drawn.append(self.number)
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)
 
-    Block.draw = counted  # type: ignore[method-assign]
+    Block.draw = counted
     streams.BLOCK = 1000  # ten rows
     layer = nn.Linear(100, 60, bias=False)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -101,7 +101,7 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     initialize(layer, Normal(), seed=SEED)
     here = sorted(drawn)
     alone = streams.draw_all(Normal(), streams.Key(SEED, "weight"), 6000).view(60, 100)
-    return here, torch.equal(layer.weight.full_tensor(), alone)  # type: ignore[attr-defined]
+    return here, torch.equal(layer.weight.full_tensor(), alone)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.support.modules import Unknown
 def planned(
     model: nn.Module, scheme: str | Scheme = "he_normal", *rules: Rule, **options: object
 ) -> dict[str, Assignment]:
-    steps = make_plan(model, Request.of(scheme, rules, **options))  # type: ignore[arg-type]
+    steps = make_plan(model, Request.of(scheme, rules, **options))
     assert len({assignment.name for assignment in steps}) == len(steps)
     return {assignment.name: assignment for assignment in steps}
 
@@ -280,7 +280,7 @@ def test_a_scheme_of_no_kind_is_refused() -> None:
 @pytest.mark.parametrize("given", [None, [], "model"], ids=repr)
 def test_what_is_no_model(given: object) -> None:
     with pytest.raises(TypeError, match=r"^expected an nn.Module, got .* of type (NoneType|list|str)$"):
-        make_plan(given, Request.of("zeros"))  # type: ignore[arg-type]
+        make_plan(given, Request.of("zeros"))
 
 
 def test_a_plan_touches_nothing() -> None:

@@ -116,7 +116,7 @@ def test_rounding_around_a_mean_is_no_error(scheme: Normal) -> None:
 
 
 def tampered(report: InitReport, name: str, **changes: object) -> InitReport:
-    entries = [dataclasses.replace(entry, **changes) if entry.name == name else entry for entry in report.entries]  # type: ignore[arg-type]
+    entries = [dataclasses.replace(entry, **changes) if entry.name == name else entry for entry in report.entries]
     return dataclasses.replace(report, entries=tuple(entries))
 
 

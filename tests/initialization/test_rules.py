@@ -72,18 +72,18 @@ def test_the_first_rule_that_matches_wins() -> None:
             TypeError,
             "Rule(pattern) is a glob on parameter names such as 'encoder.*', got ''",
         ),
-        (lambda: Rule(3, "zeros"), TypeError, "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3"),  # type: ignore[arg-type]
+        (lambda: Rule(3, "zeros"), TypeError, "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3"),
         (
             lambda: Rule("a", "keeep"),
             ValueError,
             f"Rule(scheme) is 'keeep'; allowed: keep, {', '.join(SCHEMES)}; did you mean 'keep'?",
         ),
-        (lambda: Rule("a", 3), TypeError, "a scheme is a name or a Scheme object, got 3 of type int"),  # type: ignore[arg-type]
-        (lambda: Rule("a", None), TypeError, "a scheme is a name or a Scheme object, got None of type NoneType"),  # type: ignore[arg-type]
+        (lambda: Rule("a", 3), TypeError, "a scheme is a name or a Scheme object, got 3 of type int"),
+        (lambda: Rule("a", None), TypeError, "a scheme is a name or a Scheme object, got None of type NoneType"),
         (lambda: Rule("a", "keep", 2.0), ValueError, "Rule('a', 'keep') draws nothing: it cannot have a gain"),
         (lambda: Rule("a", "he_normal", 0), ValueError, "Rule(gain) must be a finite number above 0, got 0"),
         (lambda: Rule("a", "he_normal", math.nan), ValueError, "Rule(gain) must be a finite number above 0, got nan"),
-        (lambda: Rule("a", "he_normal", "2"), TypeError, "Rule(gain) must be a number, got '2' of type str"),  # type: ignore[arg-type]
+        (lambda: Rule("a", "he_normal", "2"), TypeError, "Rule(gain) must be a number, got '2' of type str"),
         (
             lambda: Rule("a", "zeros", 2.0),
             ValueError,
@@ -100,19 +100,19 @@ def test_the_first_rule_that_matches_wins() -> None:
             f"activation has no meaning for scheme 'torch_default'; schemes with a gain: {WITH_GAIN}",
         ),
         (lambda: Request.of("he_normal", bias=math.inf), ValueError, "bias must be a finite number, got inf"),
-        (lambda: Request.of("he_normal", bias="0"), TypeError, "bias must be a number, got '0' of type str"),  # type: ignore[arg-type]
+        (lambda: Request.of("he_normal", bias="0"), TypeError, "bias must be a number, got '0' of type str"),
         (
-            lambda: Request.of("he_normal", ["head.*"]),  # type: ignore[list-item]
+            lambda: Request.of("he_normal", ["head.*"]),
             TypeError,
             "rules is a list of Rule(pattern, scheme), got 'head.*' of type str",
         ),
         (
-            lambda: Request.of("he_normal", Rule("a", "keep")),  # type: ignore[arg-type]
+            lambda: Request.of("he_normal", Rule("a", "keep")),
             TypeError,
             "rules is a list of Rule(pattern, scheme), got Rule(pattern='a', scheme='keep', gain=None) of type Rule",
         ),
         (
-            lambda: Request.of("he_normal", {"a": "keep"}),  # type: ignore[arg-type]
+            lambda: Request.of("he_normal", {"a": "keep"}),
             TypeError,
             "rules is a list of Rule(pattern, scheme), got 'a' of type str",
         ),

@@ -57,7 +57,7 @@ def start_with(strategy: str, build: Any = AllKinds, **options: Any) -> Weights:
         model = TensorParallelModule(build)
         trainer = partial(make_fsdp2_trainer, tensor_parallel_size=2)
         weights = weights_at_start(model, callback, trainer, **options)
-        placements = model.network[0].weight.placements  # type: ignore[index]
+        placements = model.network[0].weight.placements
         assert len(placements) == 2, placements
         assert not any(isinstance(p, Replicate) for p in placements), placements
         return weights
@@ -153,7 +153,7 @@ def blocks_drawn(dim: int) -> list[int]:
             drawn.append(block.number)
         return draw(block, *args)
 
-    Block.draw = counted  # type: ignore[method-assign]
+    Block.draw = counted
     placed((4 * BLOCK // 64, 64), dim)
     return sorted(drawn)
 
@@ -183,7 +183,7 @@ def weights_on_threads(scheme: str) -> Weights:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo itself
 def test_a_compiled_model_has_the_same_weights(expected: Weights) -> None:
-    compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[arg-type,return-value]
+    compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[return-value]
     weights = weights_at_start(compiled, InitCallback(seed=SEED), make_trainer)
     assert all(name.startswith("_orig_mod.") for name in weights)
     assert_same({name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}, expected)

@@ -43,7 +43,7 @@ def parametrized(assignment: nn.Module) -> nn.Module:
 def old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*weight_norm.*", FutureWarning)
-        norm: nn.Module = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))  # type: ignore[arg-type]
+        norm: nn.Module = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
         return norm
 
 
@@ -96,7 +96,7 @@ class LooksAtStart(Callback):
         assert isinstance(network, Special)
         network.eval()
         network(digits()[0][:4])  # hooks compute by now what they compute
-        self.used = {name: layer.weight.detach().clone() for name, layer in network.layers.items()}  # type: ignore[operator,union-attr]
+        self.used = {name: layer.weight.detach().clone() for name, layer in network.layers.items()}
         self.used["words"] = network.words.weight.detach().clone()
         self.used["head"] = network.head.weight.detach().clone()
         for i, layer in enumerate(network.encoder.layers):
@@ -124,7 +124,7 @@ class Fitted:
         """What the scheme draws for a layer of this name and shape without anything special."""
         plain = nn.ModuleDict({"layers": nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH)})})
         initialize(nn.ModuleDict({"network": plain}), "he_normal", seed=5)
-        return plain["layers"][name].weight.detach()  # type: ignore[index,no-any-return]
+        return plain["layers"][name].weight.detach()
 
 
 @pytest.fixture(scope="module")

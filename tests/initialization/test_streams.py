@@ -127,7 +127,7 @@ def test_any_number_of_threads_gives_the_same(distribution: Distribution, thread
     torch.set_num_threads(threads)
     assert torch.equal(draw_all(distribution, KEY, LONG), expected)
     out = torch.full((LONG,), math.nan)
-    jobs = [lambda b=block: b.draw(distribution, KEY, out[b.start : b.stop]) for block in blocks(0, LONG)]  # type: ignore[misc]
+    jobs = [lambda b=block: b.draw(distribution, KEY, out[b.start : b.stop]) for block in blocks(0, LONG)]
     run_on_all_cores(jobs)
     assert torch.equal(out, expected)
 
@@ -166,7 +166,7 @@ def test_one_thread_each_puts_the_number_back() -> None:
 
 def in_a_new_thread(ask: object) -> object:
     answers: list[object] = []
-    thread = threading.Thread(target=lambda: answers.append(ask()))  # type: ignore[operator]
+    thread = threading.Thread(target=lambda: answers.append(ask()))
     thread.start()
     thread.join()
     return answers[0]
@@ -180,7 +180,7 @@ def test_jobs_run_side_by_side_single_threaded_and_come_back_in_order() -> None:
         both.wait(timeout=60)  # passes only if two jobs are at work at the same time
         return number, torch.get_num_threads()
 
-    assert run_on_all_cores([lambda n=n: job(n) for n in range(6)]) == [(n, 1) for n in range(6)]  # type: ignore[misc]
+    assert run_on_all_cores([lambda n=n: job(n) for n in range(6)]) == [(n, 1) for n in range(6)]
     assert torch.get_num_threads() == 2
 
 

@@ -203,7 +203,7 @@ def test_only_what_would_be_drawn_counts() -> None:
     model = trained(fresh(KINDS["kaiming normal"]), 1)
     assert layers(signs(model)) == {"0", "2", "4"}
     assert layers(signs(model, Rule("0.*", "keep"))) == {"2", "4"}
-    for parameter in model[4].parameters():  # type: ignore[index]
+    for parameter in model[4].parameters():
         parameter.requires_grad = False
     assert layers(signs(model, Rule("0.*", "keep"))) == {"2"}
 

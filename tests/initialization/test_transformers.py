@@ -151,7 +151,7 @@ def step_of(model: nn.Module) -> float:
     torch.manual_seed(0)  # dropout
     optimizer.zero_grad()
     loss: Tensor = model(**batch_for(model)).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.item()
 
@@ -171,7 +171,7 @@ def test_a_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
     model = fresh("gpt2")
     report = initialize(model)
     fans = report["transformer.h.0.mlp.c_fc.weight"].fans
-    assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)  # type: ignore[union-attr]
+    assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)
 
 
 def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def test_from_pretrained_is_refused_and_the_rule_to_paste_keeps_it(
 ) -> None:
     trained = fresh(name)
     step_of(trained)
-    trained.save_pretrained(tmp_path)  # type: ignore[operator]
+    trained.save_pretrained(tmp_path)
     model = Pretrained(lambda: auto.from_pretrained(tmp_path).train(), new_head=True, call=logits_of)
     before = weights_of(model)
     assert_same(

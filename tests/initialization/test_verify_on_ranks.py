@@ -30,7 +30,7 @@ def test_what_each_holds_is_added_up() -> None:
 def counts(number: int) -> tuple[list[Measured], int]:
     calls = []
     original = dist.all_gather_object
-    dist.all_gather_object = lambda *args: (calls.append(1), original(*args))  # type: ignore[assignment]
+    dist.all_gather_object = lambda *args: (calls.append(1), original(*args))
     measured = [Measured(float(i), 1, i) for i in range(number)]
     return agree([f"p{i}" for i in range(number)], measured), len(calls)
 
@@ -113,7 +113,7 @@ def differ(by: str) -> str:
         "rules": {"rules": [Rule("1.weight", ["zeros", "ones"][rank])]},
     }[by]
     try:
-        initialize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), **options)  # type: ignore[arg-type]
+        initialize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), **options)
     except RuntimeError as error:
         return str(error)
     return "agreed"

@@ -191,7 +191,7 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
 
     def counted(self: Block, *args: object) -> Tensor:
         drawn.append(self.number)
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)
 
     with monkeypatch.context() as patch, as_rank(rank, (4,)) as mesh:
         patch.setattr(streams, "BLOCK", 64)

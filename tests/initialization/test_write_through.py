@@ -30,7 +30,7 @@ def halved(layer: nn.Module) -> nn.Module:
 
 def old_weight_norm(layer: nn.Module, dim: int | None = 0) -> nn.Module:
     with pytest.warns(FutureWarning, match="weight_norm"):
-        return nn.utils.weight_norm(layer, dim=dim)  # type: ignore[arg-type]
+        return nn.utils.weight_norm(layer, dim=dim)
 
 
 EXACT: Mapping[str, Callable[[nn.Module], nn.Module]] = {

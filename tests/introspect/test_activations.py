@@ -124,9 +124,9 @@ class Augmentation(nn.Module):
 
 
 def test_other_random_states_stay() -> None:
-    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    before = random.getstate(), np.random.get_state()[1].tolist()
     activation_of(Augmentation())
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 class Owner(nn.Module):

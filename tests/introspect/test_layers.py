@@ -119,5 +119,5 @@ def test_a_glob_that_matches_nothing() -> None:
 
 def test_a_traced_module_has_its_names() -> None:
     with pytest.warns(DeprecationWarning, match="trace"):
-        inner = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4))  # type: ignore[no-untyped-call]
+        inner = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4))
     assert names(nn.Sequential(inner, nn.Linear(4, 2))) == ["0.0", "0.1", "1"]

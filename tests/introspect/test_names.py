@@ -32,17 +32,17 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def inner_compiled(model: nn.Module) -> nn.Module:
-    model.module["body"] = torch.compile(model.module["body"], backend="eager")  # type: ignore[operator,index]
+    model.module["body"] = torch.compile(model.module["body"], backend="eager")
     return model
 
 
 def inner_checkpointed(model: nn.Module) -> nn.Module:
-    model.module["module"] = checkpoint_wrapper(model.module["module"])  # type: ignore[operator,index]
+    model.module["module"] = checkpoint_wrapper(model.module["module"])
     return model
 
 
 def inner_data_parallel(model: nn.Module) -> nn.Module:
-    model.module["body"] = DataParallel(model.module["body"])  # type: ignore[operator,index]
+    model.module["body"] = DataParallel(model.module["body"])
     return model
 
 
@@ -91,7 +91,7 @@ def test_ddp(wrap: Callable[[nn.Module], nn.Module]) -> None:
 def test_fsdp1() -> None:
     wrap = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
     model = net()
-    model.module["body"] = wrap(model.module["body"])  # type: ignore[operator,index]
+    model.module["body"] = wrap(model.module["body"])
     paths = [path for path, _ in model.named_parameters()]
     assert sum("_fsdp_wrapped_module" in path for path in paths) == 4
     assert [clean_name(model, path) for path in paths] == GENERIC_ROLE

@@ -12,7 +12,7 @@ def test_a_role_is_a_value() -> None:
     role = Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
     assert role == Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        role.kind = "bias"  # type: ignore[misc]
+        role.kind = "bias"
     assert KEEP.kind == "keep"
 
 
@@ -34,4 +34,4 @@ def test_a_role_is_a_value() -> None:
 )
 def test_what_makes_no_sense_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Role(default=Constant(0.0), **arguments)  # type: ignore[arg-type]
+        Role(default=Constant(0.0), **arguments)

@@ -177,9 +177,9 @@ def test_a_module_may_say_what_its_inner_modules_parameters_are() -> None:
     register(Gated, "gate.weight", Fans(6, 4))
     model = nn.Sequential(Gated(), nn.Linear(3, 4))
     for built in (model, torch.compile(model, backend="eager")):
-        plans = {assignment.name: assignment for assignment in plan(built)}  # type: ignore[arg-type]
+        plans = {assignment.name: assignment for assignment in plan(built)}
         assert plans["0.gate.bias"].reason == "kept: registered so"
-        assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)  # type: ignore[arg-type]
+        assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)
         assert plans["0.other.bias"].scheme == plans["1.bias"].scheme == "zeros"
         assert plans["0.other.weight"].fans == plans["1.weight"].fans == (3, 4)
     register(nn.Sequential, "*.gate.bias", "bias")  # the outermost knows best
@@ -218,7 +218,7 @@ def test_a_wrong_registration_is_refused_at_once(
     arguments: tuple[object, ...], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        register(*arguments)  # type: ignore[arg-type]
+        register(*arguments)
 
 
 def test_a_table_of_rows_has_a_fan_in_only() -> None:
@@ -227,6 +227,6 @@ def test_a_table_of_rows_has_a_fan_in_only() -> None:
 
 
 def test_a_function_that_returns_no_role_is_named_when_it_is_asked() -> None:
-    register(Experts, "kernel", lambda module: 3)  # type: ignore[arg-type, return-value]
+    register(Experts, "kernel", lambda module: 3)  # type: ignore[return-value]
     with pytest.raises(TypeError, match=r"a role is .*; got 3"):
         role_of(Experts(), "kernel")

@@ -33,7 +33,7 @@ def test_every_name_of_every_parameter_in_order() -> None:
     assert [site.stored_fqn for site in found] == ["table.weight", "inner.0.weight", "inner.0.bias", "head.weight"]
     assert [site.forward_fqn for site in found] == [site.stored_fqn for site in found]
     assert found[0].parameter is found[3].parameter
-    assert [site.module for site in found] == [table, model["inner"][0], model["inner"][0], head]  # type: ignore[index]
+    assert [site.module for site in found] == [table, model["inner"][0], model["inner"][0], head]
     assert {site.storage for site in found} == {"itself"}
 
 
@@ -127,7 +127,7 @@ def test_a_parametrized_module_inside_a_parametrization_is_found_too() -> None:
 
 def test_the_older_weight_norm_computes_by_a_hook() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
-        layer = nn.utils.weight_norm(nn.Linear(3, 2))  # type: ignore[arg-type]
+        layer = nn.utils.weight_norm(nn.Linear(3, 2))
     parts = {site.stored_fqn: site for site in parameter_sites(nn.Sequential(layer))}
     assert {name: (site.forward_fqn, site.storage) for name, site in parts.items()} == {
         "0.bias": ("0.bias", "itself"),

@@ -24,7 +24,7 @@ def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: fl
     tap.attach()
     value = sum(loss(network, x) for x in inputs)
     tap.gradient_factor = factor
-    value.backward()  # type: ignore[union-attr]
+    value.backward()
     tap.detach()
     return tap.drain()
 
@@ -34,7 +34,7 @@ def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squar
     slow = copy.deepcopy(network).double()
     records = tapped(network, *inputs, loss=loss)
     watched = Watched(slow, records)
-    sum(loss(slow, x.double()) for x in inputs).backward()  # type: ignore[union-attr]
+    sum(loss(slow, x.double()) for x in inputs).backward()
     for name, record in records.items():
         outputs = torch.cat([output.flatten() for output in watched.outputs[name]])
         gradients = torch.cat([gradient.flatten() for gradient in watched.gradients[name]])
@@ -269,6 +269,6 @@ class Prompt(nn.Module):
 
 def test_no_hook_stays_on_a_parameter_that_was_an_output() -> None:
     network = nn.Sequential(Prompt(), nn.Linear(8, 2))
-    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())  # type: ignore[operator]
+    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())
     assert records["0"].gradients is not None
     assert not network[0].tokens._backward_hooks

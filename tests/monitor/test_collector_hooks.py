@@ -69,7 +69,7 @@ def test_a_backward_pass_knows_itself() -> None:
     inside: list[bool] = []
     x = torch.ones(2, requires_grad=True)
     y = x * 2
-    y.register_hook(lambda gradient: inside.append(in_backward_pass()))  # type: ignore[no-untyped-call]
+    y.register_hook(lambda gradient: inside.append(in_backward_pass()))
     assert not in_backward_pass()
     y.sum().backward()
     assert inside == [True]

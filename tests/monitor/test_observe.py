@@ -60,7 +60,7 @@ def test_all_passes_of_the_block_and_no_others() -> None:
 def test_compiled_models_are_seen() -> None:
     model = torch.compile(network(), backend="eager")
     model(PIXELS)
-    with observe(model, layers=["?"]) as watching:  # type: ignore[arg-type]
+    with observe(model, layers=["?"]) as watching:
         model(PIXELS).sum().backward()
     assert list(watching.compute().values["gradient_variance"]) == ["0", "1", "2", "3", "4"]
 

@@ -227,4 +227,4 @@ def test_wrong_arguments_are_errors() -> None:
     with pytest.raises(TypeError, match="takes 2 arguments, 1 given"):
         _sums.whole(0)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        _sums.whole("address", 3)  # type: ignore[arg-type]
+        _sums.whole("address", 3)

@@ -161,4 +161,4 @@ def test_bad_arguments(make: type[Distribution], message: str) -> None:
 
 def test_a_distribution_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        Normal().std = 2.0  # type: ignore[misc]
+        Normal().std = 2.0

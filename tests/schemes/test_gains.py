@@ -272,11 +272,11 @@ def test_no_derivative_no_backward_gain() -> None:
 
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="direction is 'sideways'; allowed: forward, backward"):
-        gain_of("relu", "sideways")  # type: ignore[arg-type]
+        gain_of("relu", "sideways")
     for input_variance in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="input_variance must be a finite number above 0"):
             gain_of("relu", input_variance=input_variance)
     with pytest.raises(TypeError, match=r"an instance, not the class: ReLU\(\)"):
         gain_of(nn.ReLU)
     with pytest.raises(TypeError, match="a name, a module or a function, got 3"):
-        gain_of(3)  # type: ignore[arg-type]
+        gain_of(3)

@@ -183,7 +183,7 @@ def test_aliases_are_one_scheme_and_draw_the_same(names: tuple[str, str]) -> Non
 @pytest.mark.parametrize(("mode", "fan"), [("fan_in", 100), ("fan_out", 400), ("fan_avg", 250), ("fan_geo_avg", 200)])
 @pytest.mark.parametrize("shape", ["normal", "uniform", "truncated_normal"])
 def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -> None:
-    scheme = VarianceScaling(3.0, mode, shape)  # type: ignore[arg-type]
+    scheme = VarianceScaling(3.0, mode, shape)
     distribution = scheme.resolve(Fans(100, 400), scheme.gain)
     kind = {"normal": Normal, "uniform": Uniform, "truncated_normal": TruncatedNormal}[shape]
     assert type(distribution) is kind
@@ -267,7 +267,7 @@ def test_what_is_no_scheme(given: object) -> None:
     with pytest.raises(
         TypeError, match=r"^a scheme is a name or a Scheme object, got .* of type (NoneType|int|ABCMeta|list)$"
     ):
-        scheme_of(given)  # type: ignore[arg-type]
+        scheme_of(given)
 
 
 @pytest.mark.parametrize(
@@ -275,12 +275,12 @@ def test_what_is_no_scheme(given: object) -> None:
     [
         (lambda: VarianceScaling(0), r"VarianceScaling\(scale\) must be a finite number above 0, got 0"),
         (
-            lambda: VarianceScaling(1, "fan_inn"),  # type: ignore[arg-type]
+            lambda: VarianceScaling(1, "fan_inn"),
             r"VarianceScaling\(mode\) is 'fan_inn'; allowed: fan_in, fan_out, fan_avg, fan_geo_avg; "
             r"did you mean 'fan_in'\?",
         ),
         (
-            lambda: VarianceScaling(1, "fan_in", "gaussian"),  # type: ignore[arg-type]
+            lambda: VarianceScaling(1, "fan_in", "gaussian"),
             r"VarianceScaling\(distribution\) is 'gaussian'; allowed: normal, uniform, truncated_normal",
         ),
         (lambda: SmallInit(0), r"SmallInit\(dim\) must be a finite number above 0, got 0"),
@@ -294,6 +294,6 @@ def test_bad_arguments(make: Callable[[], Scheme], message: str) -> None:
 
 def test_schemes_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
-        SCHEMES["he_normal"].scale = 3.0  # type: ignore[attr-defined]
+        SCHEMES["he_normal"].scale = 3.0
     with pytest.raises(TypeError):
-        SCHEMES["mine"] = Normal()  # type: ignore[index]
+        SCHEMES["mine"] = Normal()

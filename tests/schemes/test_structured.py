@@ -170,7 +170,7 @@ def test_delta_orthogonal_keeps_the_norm_of_a_signal(
     kind: type[nn.Conv1d], taps: tuple[int, ...], channels: tuple[int, int]
 ) -> None:
     """With circular padding the layer is a shift and an orthogonal map at each position."""
-    conv = kind(*channels, taps, bias=False).double()  # type: ignore[arg-type]
+    conv = kind(*channels, taps, bias=False).double()
     initialize(conv, "delta_orthogonal", seed=1)
     x = torch.randn(3, channels[0], *[7] * len(taps), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     padding = [side for size in reversed(taps) for side in (size // 2, (size - 1) // 2)]

@@ -55,11 +55,11 @@ def record_writer_of(file_writer: Any) -> Any:
 
 
 def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
-    class Special(RecordWriter):  # type: ignore[misc]
+    class Special(RecordWriter):
         pass
 
     with SummaryWriter(str(tmp_path)) as writer:
-        file_writer: Any = writer._get_file_writer()  # type: ignore[no-untyped-call]
+        file_writer: Any = writer._get_file_writer()
         special = Special(record_writer_of(file_writer)._writer)
         file_writer.event_writer._async_writer._worker._record_writer = special
         use_compiled_checksums(file_writer)
@@ -73,7 +73,7 @@ def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> 
 
     class Own(SummaryWriter):
         def _get_file_writer(self) -> Any:
-            file_writer: Any = super()._get_file_writer()  # type: ignore[no-untyped-call]
+            file_writer: Any = super()._get_file_writer()
             holder = copy.copy(file_writer)
             outer = holder
             for part in way:

@@ -29,7 +29,7 @@ def trained(
     for step in range(steps):
         batch = slice(32 * step % 1600, 32 * step % 1600 + 32)
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
+        nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()
         optimizer.step()
     return model
 
