@@ -30,11 +30,11 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED, *ONE_DEVICE], ids=lambda case: case.__name__)
-def test_on_one_device(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_one_device(case: Case, tmp_path: Path) -> None:
     case(Setting("single", tmp_path))
 
 
-def test_the_callbacks_state_is_plain(tmp_path: Path) -> None:
+def test_state_of_the_callback_is_primitive(tmp_path: Path) -> None:
     """Lightning 2.6 loads checkpoints with weights_only=True: all but primitives and tensors fails."""
     path, _ = Setting("single", tmp_path).trained(new_callback())
     checkpoint = torch.load(path, weights_only=True)
@@ -42,7 +42,7 @@ def test_the_callbacks_state_is_plain(tmp_path: Path) -> None:
     assert state
 
 
-def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path) -> None:
+def test_callback_pickles_and_copies_after_a_fit(tmp_path: Path) -> None:
     """Spawned processes get a pickled callback; its memory of the module must not stop them."""
     setting, callback = Setting("single", tmp_path), new_callback()
     setting.trainer(callback).fit(setting.model())
@@ -52,7 +52,7 @@ def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path)
         assert_same(model.starts[0], initialized())
 
 
-def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
+def test_pretrained_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
     setting = Setting("single", tmp_path)
     trained = setting.model(small_conv_net)
     trainer = setting.trainer()
@@ -71,9 +71,7 @@ def test_fast_dev_run_initialises() -> None:
     assert model.network[-1].bias.abs().max() < 0.01  # 0 and one step of AdamW
 
 
-def test_without_a_seed_that_of_seed_everything_decides_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seed_of_seed_everything_decides_each_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One callback object in a loop over seeds must not repeat the first run."""
     setting, callback = Setting("single", tmp_path), InitCallback("he_normal")
     for seed in ("5", "6"):
@@ -88,7 +86,7 @@ def test_without_a_seed_that_of_seed_everything_decides_each_time(
     assert callback.report.seed == 6  # drawn or read once, then kept
 
 
-def test_a_terminal_that_lacks_the_reports_characters_does_not_end_the_run(
+def test_report_on_a_terminal_without_its_characters_does_not_end_the_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = io.BytesIO()

@@ -28,26 +28,26 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED], ids=lambda case: case.__name__)
-def test_on_ddp(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_ddp(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("ddp", tmp_path))
 
 
 @pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.__name__)
-def test_on_fsdp2(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_fsdp2(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2", tmp_path))
 
 
 @pytest.mark.parametrize("case", ON_META, ids=lambda case: case.__name__)
-def test_on_fsdp2_from_meta(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_fsdp2_from_meta(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2 meta", tmp_path))
 
 
 @pytest.mark.parametrize("case", FINDERS, ids=lambda case: case.__name__)
-def test_finders_on_fsdp2(case: Case, tmp_path: Path) -> None:
+def test_init_callback_with_finders_on_fsdp2(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2 one file", tmp_path))
 
 
-def test_spawned_processes_resume(tmp_path: Path) -> None:
+def test_spawned_processes_resume_from_a_checkpoint(tmp_path: Path) -> None:
     """From the forkserver, which is fast. On the CPU, Lightning lets its processes share the model's memory:
     they may load the same file into it, but not train."""
     path, trained = Setting("single", tmp_path).trained(new_callback())
@@ -75,6 +75,6 @@ def seed_when_rank_zero_alone_has_one() -> int:
     return callback.report.seed
 
 
-def test_a_seed_on_one_rank_only_is_everybodys() -> None:
+def test_seed_on_one_rank_is_taken_by_all() -> None:
     """And nobody waits for a broadcast that the others don't make."""
     assert run_ranks(seed_when_rank_zero_alone_has_one, 2) == [3, 3]

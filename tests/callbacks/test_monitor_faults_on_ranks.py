@@ -55,7 +55,7 @@ def plain_weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("target", "where", "from_call"), [(*fault, c) for fault, calls in FAULTS for c in calls], ids=str
 )
-def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: int, broken_rank: int) -> None:
+def test_fault_on_one_rank_ends_monitoring_on_all(target: str, where: str, from_call: int, broken_rank: int) -> None:
     results = run_ranks(fit_with_fault, 2, target, broken_rank, from_call)
     (message,), measured, weights = results[0]
     assert message == (
@@ -73,7 +73,7 @@ def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: 
     ("target", "where"),
     [WRITE, STEP_RESULT],
 )
-def test_a_fault_behind_the_collective(target: str, where: str) -> None:
+def test_fault_after_the_collective(target: str, where: str) -> None:
     """Rank zero says it at once; the others hear of it at the next logged step."""
     (said, measured, _), (others, _, _) = run_ranks(fit_with_fault, 2, target, 0, 1)
     (message,) = said
@@ -82,7 +82,7 @@ def test_a_fault_behind_the_collective(target: str, where: str) -> None:
     assert others == []
 
 
-def test_a_fault_behind_the_collective_on_another_rank() -> None:
+def test_fault_after_the_collective_on_another_rank() -> None:
     """Rank one's own reading fails in the second step: rank zero has that step, and learns of it in the third."""
     (said, measured, _), _ = run_ranks(fit_with_fault, 2, STEP_RESULT.target, 1, 1)
     assert [message.rpartition("goes on. ")[2] for message in said] == ["rank 1: reading: RuntimeError: bad luck"]
@@ -123,7 +123,7 @@ def fit_uneven() -> dict[int, dict[str, float]]:
     return memory.steps
 
 
-def test_ranks_whose_layouts_differ() -> None:
+def test_layouts_that_differ_between_ranks_are_merged() -> None:
     """New slots on one rank, in the middle of training: agreed again, and the numbers stay the truth."""
     steps = run_ranks(fit_uneven, 2)[0]
     torch.manual_seed(0)

@@ -55,7 +55,9 @@ def failing_step(module: LightningModule) -> None:
     ],
 )
 @pytest.mark.parametrize("neighbour_first", [True, False])
-def test_no_hook_survives(event: str, action: Callable[[LightningModule], Any], neighbour_first: bool) -> None:
+def test_hooks_are_removed_after_the_fit(
+    event: str, action: Callable[[LightningModule], Any], neighbour_first: bool
+) -> None:
     module, monitor, neighbour = DigitsMLP(), ActivationVarianceMonitor(1), At(event, action)
     callbacks = [neighbour, monitor] if neighbour_first else [monitor, neighbour]
     trainer = make_trainer(max_epochs=1, logger=MemoryLogger(), callbacks=callbacks)
@@ -65,7 +67,7 @@ def test_no_hook_survives(event: str, action: Callable[[LightningModule], Any], 
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_no_hook_outside_of_logged_batches() -> None:
+def test_hooks_exist_in_logged_batches_only() -> None:
     module, between = DigitsMLP(), []
     spy = At("on_train_batch_start", lambda m: between.append(len(hooks_of(m))))
     fit(module, ActivationVarianceMonitor(3), spy)
@@ -73,7 +75,7 @@ def test_no_hook_outside_of_logged_batches() -> None:
     assert hooks_of(module) == []
 
 
-def test_an_epoch_that_ends_in_the_middle_of_a_batch() -> None:
+def test_epoch_that_ends_in_the_middle_of_a_batch() -> None:
     class Leaving(DigitsMLP):
         def on_train_batch_start(self, batch: Any, batch_index: int) -> int | None:
             return -1 if batch_index == 2 else None
@@ -86,7 +88,7 @@ def test_an_epoch_that_ends_in_the_middle_of_a_batch() -> None:
     assert between == [0, 0]
 
 
-def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
+def test_model_is_saved_and_copied_during_a_monitored_fit() -> None:
     saved: list[nn.Module] = []
 
     def save(module: LightningModule) -> None:
@@ -105,7 +107,7 @@ def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
     assert all(torch.equal(twin(x), before(x)) for twin in saved)
 
 
-def test_the_callback_pickles_and_copies_also_during_a_fit() -> None:
+def test_callback_pickles_and_copies_also_during_a_fit() -> None:
     twins: list[ActivationVarianceMonitor] = []
     monitor = ActivationVarianceMonitor(2, layers=["network.*"], stats=["default"])
 
@@ -119,7 +121,7 @@ def test_the_callback_pickles_and_copies_also_during_a_fit() -> None:
         assert set(other.latest) == set(monitor.latest)
 
 
-def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: Path) -> None:
+def test_interval_continues_when_resuming_and_starts_again_in_a_second_fit(tmp_path: Path) -> None:
     module = DigitsMLP()
     trainer = make_trainer(max_steps=4, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(3)])
     trainer.fit(module)
@@ -134,7 +136,7 @@ def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: P
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_finder_trains_ahead_and_is_forgotten(first: bool, tmp_path: Path) -> None:
+def test_finder_steps_before_the_fit_are_not_logged(first: bool, tmp_path: Path) -> None:
     """It trains inside on_fit_start, then puts the weights back."""
     torch.manual_seed(0)
     module = DigitsMLP(num_samples=128)

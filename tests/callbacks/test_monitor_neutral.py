@@ -49,7 +49,7 @@ class Trace(Callback):
 
 
 @pytest.mark.parametrize("kind", ["conv", "lstm", "transformer"])
-def test_training_is_bit_identical(kind: str) -> None:
+def test_training_with_the_monitor_is_bit_identical(kind: str) -> None:
     traces = []
     for monitor in (None, ActivationVarianceMonitor(1), ActivationVarianceMonitor(2)):
         trace = Trace()
@@ -64,7 +64,7 @@ def test_training_is_bit_identical(kind: str) -> None:
     ("target", "where"),
     [FIND_LAYERS, ATTACH, moments_of_layer("network.lstm"), LOSS_SCALE, SUMS_OF_SQUARES, PACK, STEP_RESULT, WRITE],
 )
-def test_a_fault_is_said_once_and_training_ends_as_without(
+def test_fault_is_warned_about_once_and_training_is_bit_identical(
     monkeypatch: pytest.MonkeyPatch, target: str, where: str
 ) -> None:
     plain, broken = Trace(), Trace()

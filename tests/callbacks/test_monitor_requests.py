@@ -46,7 +46,7 @@ def expected_step(network: nn.Module, clip: float, rate: float) -> dict[str, flo
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_before_and_after_the_step(clip: float, accumulation: int) -> None:
+def test_step_statistics_before_and_after_the_optimizer_step(clip: float, accumulation: int) -> None:
     torch.manual_seed(0)
     network, memory = mlp(), MemoryLogger()
     expected = expected_step(copy.deepcopy(network).double(), clip, rate=0.1)
@@ -75,7 +75,7 @@ def step_hooks(module: LightningModule) -> list[Any]:
     ]
 
 
-def test_no_hook_stays_on_an_optimizer() -> None:
+def test_optimizer_hooks_are_removed() -> None:
     class Spy(Callback):
         seen: list[int] = []  # noqa: RUF012
 
@@ -89,7 +89,7 @@ def test_no_hook_stays_on_an_optimizer() -> None:
     assert monitor.latest["update_ratio/total"] > 0
 
 
-def test_a_fault_after_the_step_is_said_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fault_after_the_step_is_warned_about_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AFTER_STEP.target, broken)
     module = DigitsMLP()
     trainer = make_trainer(
@@ -124,7 +124,7 @@ def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
             assert count == pytest.approx(int(((output > below) & (output <= limit)).sum()), abs=1)
 
 
-def test_every_statistic_at_once_is_neutral() -> None:
+def test_training_with_every_statistic_is_bit_identical() -> None:
     weights = []
     for stats in (None, ["default", *STEP_STATS, "histogram", "kurtosis", "activation_max", "saturation"]):
         torch.manual_seed(0)

@@ -188,6 +188,6 @@ def test_tensor_parallel_alone_and_under_fsdp2(world_size: int, plan: str) -> No
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_before_and_after_clipping(world_size: int) -> None:
+def test_gradient_norms_before_and_after_clipping(world_size: int) -> None:
     """Under FSDP2 alone: torch clips no model of which a part is tensor parallel."""
     check(world_size, None, 1, 1, clip=0.05)

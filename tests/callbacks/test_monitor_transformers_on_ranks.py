@@ -88,7 +88,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_is_reported(name: str) -> None:
+def test_transformers_layers_are_all_logged(name: str) -> None:
     (steps, said), (_, others) = run_ranks(monitored, 2, name)
     assert sorted(steps) == [0, 1, 2]
     not_called, returned_child_output = NOT_CALLED.get(name, []), RETURN_THEIR_CHILDS.get(name, [])

@@ -62,7 +62,7 @@ def monitored(network: nn.Module, sizes: list[list[int]], accumulation: int) -> 
         (4, [[8, 9], [5, 8], [8, 1], [30, 8]], 2),
     ],
 )
-def test_ranks_agree_with_one_process(world_size: int, sizes: list[list[int]], accumulation: int) -> None:
+def test_logged_numbers_on_ranks_equal_one_process(world_size: int, sizes: list[list[int]], accumulation: int) -> None:
     reference = network().double()
     steps = run_ranks(monitored, world_size, network(), sizes, accumulation)[0]
     ranks = [[(x.double(), y) for x, y in batches_of(rank, sizes[rank])] for rank in range(world_size)]
@@ -107,7 +107,7 @@ def monitored_far() -> dict[int, dict[str, float]]:
     return memory.steps
 
 
-def test_far_from_zero_on_ranks() -> None:
+def test_variance_far_from_zero_on_ranks() -> None:
     """The oracle has the very same float32 outputs: only the arithmetic on them is compared."""
     actual = run_ranks(monitored_far, 2)[0][0]
     batches = [batches_of(rank, [40]) for rank in range(2)]
@@ -128,7 +128,7 @@ def mlp_block() -> nn.Sequential:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_checkpointed_blocks_count_once(reentrant: bool, accumulation: int) -> None:
+def test_checkpointed_blocks_are_recorded_once(reentrant: bool, accumulation: int) -> None:
     sizes = [[8, 5], [3, 9]]
     steps = run_ranks(monitored, 2, checkpointed(reentrant), sizes, accumulation)[0]
     ranks = [[(x.double(), y) for x, y in batches_of(rank, sizes[rank])] for rank in range(2)]
@@ -172,7 +172,7 @@ def neutral(kind: str, monitor: bool) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["conv", "lstm", "transformer"])
-def test_training_on_ranks_is_bit_identical(kind: str) -> None:
+def test_training_on_ranks_with_the_monitor_is_bit_identical(kind: str) -> None:
     for plain, watched in zip(run_ranks(neutral, 2, kind, False), run_ranks(neutral, 2, kind, True), strict=True):
         assert torch.equal(plain[1], watched[1])
         assert plain[0].keys() == watched[0].keys()

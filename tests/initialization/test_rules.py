@@ -34,7 +34,7 @@ def test_patterns_are_globs_on_the_whole_name(pattern: str, matched: list[str], 
     assert not any(rule.matches(name) for name in not_matched)
 
 
-def test_any_of_a_parameters_names_may_match() -> None:
+def test_patterns_match_any_name_of_a_parameter() -> None:
     assert Rule("table.weight", "zeros").matches("head.weight", "table.weight")
     assert not Rule("table.weight", "zeros").matches()
 
@@ -51,11 +51,11 @@ def test_any_of_a_parameters_names_may_match() -> None:
         ("a.b.*", False),
     ],
 )
-def test_a_pattern_that_ends_in_a_star_speaks_of_modules(pattern: str, is_literal: bool) -> None:
+def test_patterns_that_end_in_a_star_are_about_modules(pattern: str, is_literal: bool) -> None:
     assert Rule(pattern, "zeros").is_literal == is_literal
 
 
-def test_the_first_rule_that_matches_wins() -> None:
+def test_rules_first_match_wins() -> None:
     rules = [Rule("a.weight", "zeros"), Rule("*.weight", "ones"), Rule("*", "keep")]
     request = Request.of("he_normal", rules)
     assert request.rule_for("a.weight") is rules[0]
@@ -118,18 +118,20 @@ def test_the_first_rule_that_matches_wins() -> None:
         ),
     ],
 )
-def test_what_is_wrong_is_said_at_once(make: Callable[[], object], error: type[Exception], message: str) -> None:
+def test_rules_with_errors_are_refused_when_made(
+    make: Callable[[], object], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error) as caught:
         make()
     assert str(caught.value) == message
 
 
-def test_an_unknown_activation_is_told_the_nearest() -> None:
+def test_unknown_activation_error_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'geluu'.*did you mean 'gelu'\?"):
         Request.of("he_normal", activation="geluu")
 
 
-def test_a_rule_that_matches_nothing_is_told_the_nearest_names() -> None:
+def test_rule_that_matches_nothing_names_the_nearest() -> None:
     names = ["encoder.0.weight", "encoder.0.bias", "head.weight", "head.bias", "embedding.weight"]
     request = Request.of("he_normal", [Rule("encoder.*", "zeros"), Rule("heads.weight", "keep")])
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is compared)
@@ -141,17 +143,17 @@ def test_a_rule_that_matches_nothing_is_told_the_nearest_names() -> None:
     request.check_all_used([*names, "heads.weight"])
 
 
-def test_a_rule_for_a_model_without_parameters() -> None:
+def test_rule_for_a_model_without_parameters() -> None:
     request = Request.of("he_normal", [Rule("a", "zeros")])
     with pytest.raises(ValueError, match=r"^rule 'a' matches none of the model's 0 parameters; nearest names: none$"):
         request.check_all_used([])
 
 
-def test_a_rule_behind_another_that_takes_all_is_no_error() -> None:
+def test_rule_after_one_that_matches_all_is_no_error() -> None:
     Request.of("he_normal", [Rule("*", "zeros"), Rule("a", "keep")]).check_all_used(["a", "b"])
 
 
-def test_a_request_in_words() -> None:
+def test_request_in_words() -> None:
     assert Request.of("kaiming_normal").text == "he_normal"
     assert Request.of("he_normal", activation="gelu").text == "he_normal for gelu"
     assert Request.of(Normal(0.5)).text == "Normal(std=0.5, mean=0.0)"
@@ -163,7 +165,7 @@ def test_rules_may_come_from_any_iterable() -> None:
     assert Request.of("zeros", None).rules == ()
 
 
-def test_the_activation_becomes_the_gain() -> None:
+def test_activation_becomes_the_gain() -> None:
     assert Request.of("he_normal", activation="tanh").gain == gain_of("tanh")
     assert Request.of("he_normal").gain is None
 
@@ -174,7 +176,7 @@ def test_schemes_with_a_gain(scheme: VarianceScaling) -> None:
     assert Rule("a", scheme, 2.0).gain == 2.0
 
 
-def test_rules_are_values() -> None:
+def test_rules_compare_and_hash_by_value() -> None:
     assert Rule("a", Constant(1.0)) == Rule("a", Constant(1.0))
     assert hash(Rule("a", "keep")) == hash(Rule("a", "keep"))
     assert Rule("a", "keep").keeps

@@ -72,7 +72,7 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
     return MODELS[name]()
 
 
-def test_every_parameter_is_drawn_or_left_alone_with_a_reason(name: str) -> None:
+def test_transformers_parameters_are_drawn_or_left_alone_with_a_reason(name: str) -> None:
     model = fresh(name)
     before = weights_of(model)
     report = initialize(model)
@@ -93,7 +93,7 @@ def test_every_parameter_is_drawn_or_left_alone_with_a_reason(name: str) -> None
     assert_same({path: now[path] for path in kept}, {path: before[path] for path in kept})
 
 
-def test_every_value_is_what_its_layer_needs(name: str) -> None:
+def test_transformers_weights_suit_their_layers(name: str) -> None:
     """Held against the layers themselves, not against roles: He's std by the number of inputs, norms 1 and 0."""
     model = fresh(name)
     drawn = {entry.name: entry for entry in initialize(model).drawn}
@@ -125,14 +125,14 @@ def check_values(path: str, values: Tensor, mean: float, std: float) -> None:
     assert abs(values.std(correction=0).item() - std) <= 5 * std / math.sqrt(2 * count), path
 
 
-def test_norms_of_every_library_are_known(name: str) -> None:
+def test_transformers_norms_are_known(name: str) -> None:
     model = fresh(name)
     types = {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__}
     assert types
     assert types <= {entry.module_type for entry in initialize(model).drawn if entry.decided_by == "norm"}
 
 
-def test_it_trains_from_what_was_drawn(name: str) -> None:
+def test_transformers_train_after_initialize(name: str) -> None:
     model = fresh(name)
     initialize(model)
     first = step_of(model)
@@ -156,7 +156,7 @@ def step_of(model: nn.Module) -> float:
     return loss.item()
 
 
-def test_fresh_ones_are_fresh_and_one_step_shows(name: str) -> None:
+def test_transformers_signs_of_training(name: str) -> None:
     for seed in range(3):
         model = fresh(name, seed)
         assert signs_of_training(plan(model), model) == []
@@ -167,7 +167,7 @@ def test_fresh_ones_are_fresh_and_one_step_shows(name: str) -> None:
     assert not [sign for sign in signs_of_training(plan(model), model) if "num_batches_tracked" not in sign]
 
 
-def test_a_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
+def test_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
     model = fresh("gpt2")
     report = initialize(model)
     fans = report["transformer.h.0.mlp.c_fc.weight"].fans
@@ -182,7 +182,7 @@ def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "auto"), [("bert", BertForSequenceClassification), ("llama", AutoModelForCausalLM)])
-def test_from_pretrained_is_refused_and_the_rule_to_paste_keeps_it(
+def test_transformers_from_pretrained_is_refused_and_the_rule_keeps_it(
     name: str, auto: type[PreTrainedModel], tmp_path: Path
 ) -> None:
     trained = fresh(name)

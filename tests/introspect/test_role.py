@@ -8,7 +8,7 @@ from lightning_init import Constant, Fans, Normal, Role
 from lightning_init.introspect.role import KEEP
 
 
-def test_a_role_is_a_value() -> None:
+def test_role_compares_by_value() -> None:
     role = Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
     assert role == Role("weight", Normal(0.1), Fans(3, 4), slices=("q", "k", "v"))
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -32,6 +32,6 @@ def test_a_role_is_a_value() -> None:
         ),
     ],
 )
-def test_what_makes_no_sense_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_role_refuses_contradictions(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Role(default=Constant(0.0), **arguments)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.processes  # a benchmark sets threads and filters warni
 ROOT = Path(__file__).parents[2]
 
 
-def test_monitor_overhead(tmp_path: Path) -> None:
+def test_monitor_overhead_prints_its_table(tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "growth.png"
     command = [sys.executable, "-m", "benchmarks.monitor_overhead", "--quick", "--threads", "1", "--markdown"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -51,7 +51,7 @@ def sums_are_back() -> list[bool]:
     return back
 
 
-def test_a_watcher_is_gone_after_its_fit() -> None:
+def test_watcher_is_gone_after_its_fit() -> None:
     """Also the one that takes the compiled sums away, which the next fit would miss."""
     assert run_ranks(sums_are_back, 1) == [[True, True]]
 
@@ -64,7 +64,7 @@ def printed_by_init_speed() -> str:
     return printed.getvalue()
 
 
-def test_init_speed() -> None:
+def test_init_speed_prints_its_table() -> None:
     (printed,) = run_ranks(printed_by_init_speed, 1)
     assert printed.count("nn.init") == 4
     assert "peak extra memory" in printed

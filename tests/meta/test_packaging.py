@@ -65,7 +65,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, st
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_wheel(compiler: str, wheels: dict[str, tuple[Path, str]]) -> None:
+def test_wheel_with_and_without_a_c_compiler(compiler: str, wheels: dict[str, tuple[Path, str]]) -> None:
     unpacked, printed = wheels[compiler]
     package, source = unpacked / "lightning_init", ROOT / "lightning_init"
     kept = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}

@@ -35,7 +35,7 @@ def test_digits_are_standardised() -> None:
     [DigitsMLP, DigitsConvNet, DigitsLSTM, DigitsTransformer, partial(LateModule, mlp)],
     ids=["mlp", "conv", "lstm", "transformer", "late"],
 )
-def test_training_lowers_the_loss_and_repeats(build: Callable[..., DigitsModule]) -> None:
+def test_models_lower_the_loss_and_repeat(build: Callable[..., DigitsModule]) -> None:
     def train() -> tuple[DigitsModule, float, float]:
         torch.manual_seed(0)
         model = build(learning_rate=1e-2)

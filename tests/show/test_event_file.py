@@ -23,14 +23,14 @@ from tests.support.oracle import MemoryLogger
 
 
 @given(st.binary(max_size=300))
-def test_the_bytes_are_tensorboards(data: bytes) -> None:
+def test_event_file_bytes_are_tensorboards(data: bytes) -> None:
     ours, theirs = io.BytesIO(), io.BytesIO()
     CompiledChecksumWriter(ours).write(data)
     RecordWriter(theirs).write(data)
     assert ours.getvalue() == theirs.getvalue()
 
 
-def test_no_checksum_is_computed_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksums_are_not_computed_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(MemoryLogger):
         experiment = SummaryWriter(str(tmp_path))
 
@@ -54,7 +54,7 @@ def record_writer_of(file_writer: Any) -> Any:
     return file_writer.event_writer._async_writer._worker._record_writer
 
 
-def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
+def test_record_writer_of_the_user_is_left_alone(tmp_path: Path) -> None:
     class Special(RecordWriter):
         pass
 
@@ -67,7 +67,7 @@ def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [0, 1, 2])
-def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> None:
+def test_file_writer_of_the_user_is_written_to(known: int, tmp_path: Path) -> None:
     """All that is asked of it is ``add_summary``."""
     *way, end = ("event_writer", "_async_writer", "_worker")[: known + 1]
 
@@ -94,7 +94,7 @@ def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> 
 
 
 @pytest.mark.processes
-def test_without_compiled_checksums_nothing_is_said_and_nothing_replaced(tmp_path: Path) -> None:
+def test_checksums_without_compiled_code_replace_nothing_silently(tmp_path: Path) -> None:
     """As where there is no wheel of google-crc32c, and warnings are errors."""
     script = f"""
 import sys
