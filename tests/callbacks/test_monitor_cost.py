@@ -23,6 +23,7 @@ from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradien
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.models import conv_net, mlp
+from tests.support.recording import record_step
 
 CPU = torch.device("cpu")
 READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__format__"}
@@ -76,14 +77,7 @@ class DispatchedReads(DispatchedCalls):
 
 
 def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, float]:
-    recorder.start()
-    recorder.collector.attach()
-    loss = network(x).square().mean()
-    recorder.collector.gradient_factor = 1.0
-    loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
-    stats = recorder.exchange()
+    stats = record_step(recorder, network, lambda: network(x).square().mean())
     assert stats is not None
     network.zero_grad()
     return stats.tags

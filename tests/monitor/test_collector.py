@@ -13,9 +13,9 @@ from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector, LayerRecord
 from lightning_init.monitor.moments import signal_variance, variance
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.support.collecting import Loss, fail, squared
 from tests.support.modules import Checkpointed
 from tests.support.oracle import Watched
+from tests.support.recording import Loss, fail, squared
 
 
 def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, LayerRecord]:

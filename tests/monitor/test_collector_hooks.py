@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector, in_backward_pass
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.support.collecting import fail, squared
 from tests.support.faults import MOMENTS_OF, broken
+from tests.support.recording import fail, squared
 
 
 def test_activations_are_freed() -> None:

@@ -16,21 +16,13 @@ from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.faults import PACK, PACK_NORMS, broken, moments_of_layer
 from tests.support.models import mlp
 from tests.support.oracle import assert_tags_close, expected_tags
+from tests.support.recording import record_step
 
 CPU = torch.device("cpu")
 
 
 def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> LayerStats | None:
-    """One step without a Trainer."""
-    recorder.start()
-    recorder.collector.attach()
-    network.zero_grad()
-    loss = nn.functional.cross_entropy(network(x), y)
-    recorder.collector.gradient_factor = 1.0
-    loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
-    return recorder.exchange()
+    return record_step(recorder, network, lambda: nn.functional.cross_entropy(network(x), y))
 
 
 def batch(n: int = 16, width: int = 64) -> tuple[Tensor, Tensor]:

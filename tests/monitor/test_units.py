@@ -8,7 +8,7 @@ from torch import nn
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.support.collecting import fail
+from tests.support.recording import fail
 
 
 def test_units_of_an_activation_without_predecessor_ignore_the_last_batch() -> None:

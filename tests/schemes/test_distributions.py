@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -157,8 +156,3 @@ def test_distribution_fills_no_elements(distribution: Distribution) -> None:
 def test_distribution_arguments_are_checked(make: type[Distribution], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make()
-
-
-def test_distribution_is_immutable() -> None:
-    with pytest.raises(FrozenInstanceError):
-        Normal().std = 2.0
