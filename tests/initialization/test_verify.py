@@ -1,4 +1,4 @@
-"""Alone, there is nobody to ask; what several ranks say is in tests/distributed."""
+"""Agreement in one process; on several ranks: test_verify_on_ranks."""
 
 from __future__ import annotations
 

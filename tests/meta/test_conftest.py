@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,15 @@ def test_working_directory_is_the_tests_own(tmp_path: Path) -> None:
 def test_environment_is_restored(attempt: int) -> None:
     assert "PL_GLOBAL_SEED" not in os.environ
     os.environ["PL_GLOBAL_SEED"] = "3"
+
+
+def test_processes_need_their_marker() -> None:
+    with pytest.raises(RuntimeError, match="needs the marker `processes`"):
+        subprocess.run([sys.executable, "-c", ""], check=True)
+    with pytest.raises(RuntimeError, match="needs the marker `processes`"):
+        multiprocessing.get_context("spawn").Process().start()
+
+
+@pytest.mark.processes
+def test_processes_are_allowed_with_their_marker() -> None:
+    subprocess.run(["true"], check=True)

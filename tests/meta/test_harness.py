@@ -137,7 +137,7 @@ def test_interrupt_stops_all_ranks(tmp_path: Path) -> None:
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150  # two fresh Pythons import Lightning, one after the other, perhaps on a busy machine
     while len(list(tmp_path.iterdir())) < 2:
         assert time.monotonic() < end
         time.sleep(0.05)
