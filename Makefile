@@ -1,13 +1,14 @@
 # make install   the development environment in .venv; the other targets see to it themselves
 # make demo      20 ReLU layers on two processes, twice: PyTorch's default weights, then He's
-# make test      lint, types, doctests, tests
+# make test      lint, types, doctests, tests; on other than two cores: make test WORKERS=8
+# make quick     the tests without those that start processes or are slow: under 90 seconds on two cores
 # make picture   draw docs/tensorboard.png again from the demo's runs
 
 BIN   := .venv/bin
 STAMP := .venv/.installed
 PYTHON ?=
 
-.PHONY: install demo test lint types picture clean
+.PHONY: install demo test quick lint types picture clean
 
 install: $(STAMP)
 
@@ -34,8 +35,15 @@ demo: $(STAMP)
 	$(FIT)
 	@$(BIN)/python -m examples.table runs/digits/torch_default runs/digits/he_normal
 
+# A file's tests stay together, for its fixtures and its ranks cost more than they do; in the order of tests/conftest.py.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: lint types
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: $(STAMP)
+	$(PYTEST) -m "not processes and not slow"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

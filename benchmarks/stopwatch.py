@@ -98,13 +98,13 @@ class Stopwatch(Callback):
             self._switch(trainer, pl_module, batch_idx + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.callbacks = [*self.watcher.callbacks, self]  # type: ignore[attr-defined]  # all get their teardown
+        trainer.callbacks = [*self.watcher.callbacks, self]  # all get their teardown
         if trainer.is_global_zero:
             self.results.write_text(json.dumps(asdict(self.times)))
 
     def _switch(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         on_duty = [*self.watcher.callbacks, self] if is_watched(step) else [self]
-        trainer.callbacks = on_duty  # type: ignore[attr-defined]  # a new list: the Trainer walks the present one
+        trainer.callbacks = on_duty  # a new list: the Trainer walks the present one
         if is_watched(step):
             self.watcher.start(module)
         self._start = time.perf_counter()

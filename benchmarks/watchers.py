@@ -37,7 +37,7 @@ class MonitorInTorch(Monitor):
     compiled = native.sums
 
     def start(self, module: LightningModule) -> None:
-        native.sums = None  # type: ignore[assignment]
+        native.sums = None
 
     def stop(self, module: LightningModule) -> None:
         native.sums = self.compiled

@@ -1,4 +1,4 @@
-"""The demo's last word: the runs side by side, layer by layer, at the first and the last step.
+"""The table at the end of the demo: the runs side by side, layer by layer, at the first and the last step.
 
 python -m examples.table runs/digits/torch_default runs/digits/he_normal
 """

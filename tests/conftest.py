@@ -1,13 +1,18 @@
-"""What every test gets: no network, a directory and an environment of its own, known warnings silenced."""
+"""What every test gets: no network, a directory and an environment of its own, known warnings silenced.
+
+A test that starts processes has to say so by the marker ``processes``, or by a file name that ends in ``_on_ranks``.
+"""
 
 from __future__ import annotations
 
 import ipaddress
+import multiprocessing.process
 import os
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -28,6 +33,28 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in HARMLESS_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
     torch.set_num_threads(1)  # the tests' tensors are too small for more, and tests share the machine
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes come first: at the end, one worker would wait long for the other."""
+    for item in items:
+        if item.path.stem.endswith("_on_ranks"):
+            item.add_marker("processes")
+    first = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in first)  # stable: the order within a file is kept
+
+
+@pytest.fixture(autouse=True)
+def _no_unannounced_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``make quick`` must not meet a test that starts processes and does not say so."""
+    if request.node.get_closest_marker("processes"):
+        return
+
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError("a test that starts processes needs the marker `processes`")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
 
 
 @pytest.fixture(autouse=True)

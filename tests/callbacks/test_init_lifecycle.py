@@ -22,6 +22,7 @@ from tests.support.lifecycle import (
 )
 from tests.support.lifecycle.setting import Setting, initialized, new_callback, small_conv_net
 from tests.support.models import DigitsModule
+from tests.support.modules import Pretrained, loaded
 from tests.support.trainers import make_trainer
 from tests.support.weights import assert_same, weights_of
 
@@ -29,11 +30,11 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED, *ONE_DEVICE], ids=lambda case: case.__name__)
-def test_on_one_device(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_one_device(case: Case, tmp_path: Path) -> None:
     case(Setting("single", tmp_path))
 
 
-def test_the_callbacks_state_is_plain(tmp_path: Path) -> None:
+def test_state_of_the_callback_is_primitive(tmp_path: Path) -> None:
     """Lightning 2.6 loads checkpoints with weights_only=True: all but primitives and tensors fails."""
     path, _ = Setting("single", tmp_path).trained(new_callback())
     checkpoint = torch.load(path, weights_only=True)
@@ -41,7 +42,7 @@ def test_the_callbacks_state_is_plain(tmp_path: Path) -> None:
     assert state
 
 
-def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path) -> None:
+def test_callback_pickles_and_copies_after_a_fit(tmp_path: Path) -> None:
     """Spawned processes get a pickled callback; its memory of the module must not stop them."""
     setting, callback = Setting("single", tmp_path), new_callback()
     setting.trainer(callback).fit(setting.model())
@@ -51,21 +52,14 @@ def test_the_callback_pickles_and_copies_while_it_knows_a_module(tmp_path: Path)
         assert_same(model.starts[0], initialized())
 
 
-class Pretrained(DigitsModule):
-    """Loads weights in ``__init__``, as ``from_pretrained`` does."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(small_conv_net)
-        self.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-
-
-def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
+def test_pretrained_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
     setting = Setting("single", tmp_path)
     trained = setting.model(small_conv_net)
     trainer = setting.trainer()
     trainer.fit(trained)
     trainer.save_checkpoint(tmp_path / "pretrained.ckpt")
-    model = Pretrained(tmp_path / "pretrained.ckpt")
+    state = torch.load(tmp_path / "pretrained.ckpt", weights_only=True)["state_dict"]
+    model = Pretrained(lambda: loaded(small_conv_net(), {n.removeprefix("network."): w for n, w in state.items()}))
     with pytest.raises(ValueError, match=r"num_batches_tracked(.|\n)*keep"):
         setting.trainer(new_callback()).fit(model)
     assert_same(weights_of(model), weights_of(trained))
@@ -74,12 +68,10 @@ def test_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
 def test_fast_dev_run_initialises() -> None:
     model: LightningModule = DigitsModule(small_conv_net)
     make_trainer(fast_dev_run=True, callbacks=[new_callback()]).fit(model)
-    assert model.network[-1].bias.abs().max() < 0.01  # type: ignore[index,operator]  # 0 and one step of AdamW
+    assert model.network[-1].bias.abs().max() < 0.01  # 0 and one step of AdamW
 
 
-def test_without_a_seed_that_of_seed_everything_decides_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seed_of_seed_everything_decides_each_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One callback object in a loop over seeds must not repeat the first run."""
     setting, callback = Setting("single", tmp_path), InitCallback("he_normal")
     for seed in ("5", "6"):
@@ -94,7 +86,7 @@ def test_without_a_seed_that_of_seed_everything_decides_each_time(
     assert callback.report.seed == 6  # drawn or read once, then kept
 
 
-def test_a_terminal_that_lacks_the_reports_characters_does_not_end_the_run(
+def test_report_on_a_terminal_without_its_characters_does_not_end_the_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = io.BytesIO()

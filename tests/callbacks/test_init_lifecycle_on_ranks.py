@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_init import InitCallback
@@ -19,62 +18,51 @@ from tests.support.lifecycle import (
     ON_META,
     Case,
 )
-from tests.support.lifecycle.setting import Setting, assert_kept, initialized, new_callback, small_mlp
+from tests.support.lifecycle.setting import Setting, assert_kept, new_callback, small_mlp
 from tests.support.models import DigitsModule
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer, make_trainer
-from tests.support.weights import assert_same, weights_of
+from tests.support.weights import weights_of
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED], ids=lambda case: case.__name__)
-def test_on_ddp(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_ddp(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("ddp", tmp_path))
 
 
 @pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.__name__)
-def test_on_fsdp2(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_fsdp2(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2", tmp_path))
 
 
 @pytest.mark.parametrize("case", ON_META, ids=lambda case: case.__name__)
-def test_on_fsdp2_from_meta(case: Case, tmp_path: Path) -> None:
+def test_init_callback_on_fsdp2_from_meta(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2 meta", tmp_path))
 
 
 @pytest.mark.parametrize("case", FINDERS, ids=lambda case: case.__name__)
-def test_finders_on_fsdp2(case: Case, tmp_path: Path) -> None:
+def test_init_callback_with_finders_on_fsdp2(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("fsdp2 one file", tmp_path))
 
 
-def test_spawned_processes(tmp_path: Path) -> None:
-    """Everything is pickled into new processes, and the weights come back from there."""
-    model = DigitsModule(small_mlp, learning_rate=0.0)
-    spawning_trainer("ddp_spawn", tmp_path).fit(model)
-    assert_same(weights_of(model), initialized())
-
-
-def test_spawned_processes_resume(tmp_path: Path) -> None:
+def test_spawned_processes_resume_from_a_checkpoint(tmp_path: Path) -> None:
     """From the forkserver, which is fast. On the CPU, Lightning lets its processes share the model's memory:
     they may load the same file into it, but not train."""
     path, trained = Setting("single", tmp_path).trained(new_callback())
     model = DigitsModule(small_mlp)
-    trainer = spawning_trainer(DDPStrategy(start_method="forkserver"), tmp_path)
-    trainer.fit(model, ckpt_path=path)  # its one epoch is all there is to do
-    assert_kept(weights_of(model), trained)
-
-
-def spawning_trainer(strategy: str | DDPStrategy, folder: Path) -> Trainer:
-    return make_trainer(
-        strategy=strategy,
+    trainer = make_trainer(
+        strategy=DDPStrategy(start_method="forkserver"),
         devices=2,
         max_epochs=1,
         limit_train_batches=2,
         limit_val_batches=0,
         callbacks=[new_callback()],
-        default_root_dir=folder,
+        default_root_dir=tmp_path,
     )
+    trainer.fit(model, ckpt_path=path)  # its one epoch is all there is to do
+    assert_kept(weights_of(model), trained)
 
 
 def seed_when_rank_zero_alone_has_one() -> int:
@@ -87,6 +75,6 @@ def seed_when_rank_zero_alone_has_one() -> int:
     return callback.report.seed
 
 
-def test_a_seed_on_one_rank_only_is_everybodys() -> None:
+def test_seed_on_one_rank_is_taken_by_all() -> None:
     """And nobody waits for a broadcast that the others don't make."""
     assert run_ranks(seed_when_rank_zero_alone_has_one, 2) == [3, 3]

@@ -33,14 +33,14 @@ def linear_variances(tags: dict[str, float], depth: int = 20) -> list[float]:
     return [tags[f"activation_variance/network.{2 * i}"] for i in range(depth + 1)]
 
 
-def test_zeros_learn_nothing() -> None:
+def test_lecture_zeros_learn_nothing() -> None:
     tags = first_step(nn.init.zeros_)
     assert set(linear_variances(tags)) == {0.0}
     assert tags["gradient_norm/total"] == 0.0
     assert all(tags[f"dead_units/network.{2 * i + 1}"] == 1.0 for i in range(20))
 
 
-def test_standard_normal_explodes_by_the_width_in_every_layer() -> None:
+def test_lecture_standard_normal_explodes_by_the_width_in_every_layer() -> None:
     """Variance d after the first layer; E[relu(z)²] is half of it, so d/2 for every further ReLU layer."""
     variances = linear_variances(first_step(nn.init.normal_, depth=5), depth=5)
     assert variances[0] == pytest.approx(256, rel=0.05)
@@ -48,7 +48,7 @@ def test_standard_normal_explodes_by_the_width_in_every_layer() -> None:
         assert after / before == pytest.approx(128, rel=0.3)
 
 
-def test_he_keeps_the_variance_and_xavier_loses_half_a_layer() -> None:
+def test_lecture_he_keeps_the_variance_and_xavier_loses_half_a_layer() -> None:
     he = linear_variances(first_step(partial(nn.init.kaiming_normal_, nonlinearity="relu")))
     xavier = linear_variances(first_step(nn.init.xavier_normal_))
     # the log variance of each layer has standard deviation √(5/256) or so: 0.14 a layer, 0.63 after twenty

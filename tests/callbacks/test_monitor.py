@@ -22,26 +22,26 @@ from tests.support.trainers import make_trainer
 
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, True, "5"])
-def test_an_interval_is_a_whole_number_above_zero(interval: Any) -> None:
+def test_interval_must_be_a_whole_number_above_zero(interval: Any) -> None:
     with pytest.raises(
         ValueError, match="every_n_steps must be a whole number above 0, or None .* got " + repr(interval)
     ):
         ActivationVarianceMonitor(interval)
 
 
-def test_an_unknown_statistic() -> None:
+def test_statistic_of_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'activation_varience'; allowed: .*; did you mean 'activation_variance'"):
-        ActivationVarianceMonitor(stats=["activation_varience"])  # type: ignore[list-item]
+        ActivationVarianceMonitor(stats=["activation_varience"])
 
 
-def test_a_name_instead_of_a_list() -> None:
+def test_stats_must_be_a_list() -> None:
     with pytest.raises(TypeError, match=r"layers must be a list of names, got 'network.0'; write \['network.0'\]"):
-        ActivationVarianceMonitor(layers="network.0")  # type: ignore[arg-type]
+        ActivationVarianceMonitor(layers="network.0")
     with pytest.raises(TypeError, match="stats must be a list of names, got 'default'"):
-        ActivationVarianceMonitor(stats="default")  # type: ignore[arg-type]
+        ActivationVarianceMonitor(stats="default")
 
 
-def test_a_glob_that_matches_no_layer_stops_the_fit() -> None:
+def test_glob_that_matches_no_layer_stops_the_fit() -> None:
     module = DigitsMLP()
     with pytest.raises(ValueError, match=r"layers: 'netwrk\.\*' matches no layer.*network\.0"):
         fit(module, ActivationVarianceMonitor(layers=["netwrk.*"]))
@@ -52,7 +52,7 @@ def test_a_glob_that_matches_no_layer_stops_the_fit() -> None:
     ("options", "reason"),
     [({"logger": False}, "the Trainer has no logger"), ({"fast_dev_run": True}, "of fast_dev_run")],
 )
-def test_without_a_logger_training_goes_on(options: dict[str, Any], reason: str) -> None:
+def test_logger_may_be_missing(options: dict[str, Any], reason: str) -> None:
     monitor = ActivationVarianceMonitor(1)
     trainer = make_trainer(max_steps=2, callbacks=[monitor], **options)
     with pytest.warns(UserWarning, match=f"only fills its .latest, because {reason}"):
@@ -60,14 +60,14 @@ def test_without_a_logger_training_goes_on(options: dict[str, Any], reason: str)
     assert monitor.latest["gradient_norm/total"] > 0
 
 
-def test_an_interval_of_the_trainers_that_logs_nothing() -> None:
+def test_interval_of_the_trainer_that_logs_nothing() -> None:
     monitor = ActivationVarianceMonitor()
     with pytest.warns(UserWarning, match="is off, because the Trainer's log_every_n_steps is 0"):
         assert fit(DigitsMLP(), monitor, max_steps=2, log_every_n_steps=0) == {}
     assert monitor.latest == {}
 
 
-def test_the_numbers_are_the_oracles_and_the_first_step_is_logged() -> None:
+def test_logged_numbers_equal_the_oracle_from_the_first_step_on() -> None:
     torch.manual_seed(0)
     network = mlp(32, 3)
     slow = copy.deepcopy(network).double()
@@ -92,18 +92,18 @@ def test_the_numbers_are_the_oracles_and_the_first_step_is_logged() -> None:
         (3, {"max_epochs": 2, "limit_train_batches": 4}, [0, 3, 6]),
     ],
 )
-def test_every_nth_step(every: int | None, options: dict[str, Any], logged: list[int]) -> None:
+def test_interval_logs_every_nth_step(every: int | None, options: dict[str, Any], logged: list[int]) -> None:
     assert sorted(fit(DigitsMLP(), ActivationVarianceMonitor(every), **options)) == logged
 
 
-def test_layers_and_stats_can_be_chosen() -> None:
+def test_layers_and_stats_are_chosen() -> None:
     monitor = ActivationVarianceMonitor(layers=["*.1", "network.2"], stats=["dead_units", "activation_variance"])
     (tags,) = fit(DigitsMLP(), monitor, max_steps=1).values()
     layers = ("network.1", "network.2")
     assert list(tags) == ["dead_units/network.1", *(f"activation_variance/{layer}" for layer in layers)]
 
 
-def test_loggers_on_disk(tmp_path: Path) -> None:
+def test_loggers_write_to_disk(tmp_path: Path) -> None:
     loggers = [TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="csv")]
     monitor = ActivationVarianceMonitor(2)
     make_trainer(max_steps=3, logger=loggers, callbacks=[monitor]).fit(DigitsMLP())
@@ -118,7 +118,7 @@ def test_loggers_on_disk(tmp_path: Path) -> None:
     assert float(written[-1]["gradient_norm/total"]) == monitor.latest["gradient_norm/total"]
 
 
-def test_callbacks_can_watch_the_aggregates(tmp_path: Path) -> None:
+def test_aggregates_are_callback_metrics(tmp_path: Path) -> None:
     """EarlyStopping and ModelCheckpoint find them, and they are what the tags say."""
     monitor = ActivationVarianceMonitor(1)
     stopping = EarlyStopping("gradient_norm/total", stopping_threshold=1e9, check_on_train_epoch_end=True)
@@ -137,7 +137,7 @@ def test_callbacks_can_watch_the_aggregates(tmp_path: Path) -> None:
     )
 
 
-def test_layers_nobody_calls_are_named_once() -> None:
+def test_layers_never_called_are_named_once() -> None:
     class Idle(DigitsMLP):
         def __init__(self) -> None:
             super().__init__()

@@ -23,6 +23,7 @@ from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradien
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.models import conv_net, mlp
+from tests.support.recording import record_step
 
 CPU = torch.device("cpu")
 READS = {"tolist", "item", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "__format__"}
@@ -76,14 +77,7 @@ class DispatchedReads(DispatchedCalls):
 
 
 def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, float]:
-    recorder.start()
-    recorder.collector.attach()
-    loss = network(x).square().mean()
-    recorder.collector.gradient_factor = 1.0
-    loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
-    stats = recorder.exchange()
+    stats = record_step(recorder, network, lambda: network(x).square().mean())
     assert stats is not None
     network.zero_grad()
     return stats.tags
@@ -91,7 +85,7 @@ def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, flo
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
 @pytest.mark.parametrize("depth", [5, 500])
-def test_one_copy_to_the_host_a_step(depth: int) -> None:
+def test_host_copies_one_per_logged_step(depth: int) -> None:
     """Ten layers or a thousand. The accelerator's way of summing decides nothing on the host."""
     network = mlp(4, depth)
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
@@ -104,7 +98,7 @@ def test_one_copy_to_the_host_a_step(depth: int) -> None:
 
 
 @pytest.mark.usefixtures("as_on_an_accelerator")
-def test_norms_of_what_no_layer_owns_are_added_up_at_once() -> None:
+def test_norms_of_parameters_without_layer_are_summed_in_one_call() -> None:
     """With globs that may be nearly all of the model."""
     counts = []
     for depth in (3, 30):
@@ -121,7 +115,7 @@ def test_norms_of_what_no_layer_owns_are_added_up_at_once() -> None:
     assert counts[0] == counts[1]
 
 
-def test_an_accelerator_finds_the_same(request: pytest.FixtureRequest) -> None:
+def test_accelerator_and_cpu_give_the_same_numbers(request: pytest.FixtureRequest) -> None:
     """No number is read before the end there; here they are as soon as they are known."""
     torch.manual_seed(0)
     network, x = conv_net(16, 3), torch.randn(40, 64)
@@ -144,7 +138,7 @@ def peak(run: Callable[[], object], folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
-def test_no_activation_lives_longer(kind: str, tmp_path: Path) -> None:
+def test_memory_peak_is_within_one_percent_of_that_without_monitor(kind: str, tmp_path: Path) -> None:
     """The peak is within 1 % of the unmonitored one and the moments: nothing is kept, no copy is large."""
     torch.manual_seed(0)
     network = mlp(256, 12) if kind == "mlp" else conv_net(16, 6)

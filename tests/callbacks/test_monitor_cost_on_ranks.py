@@ -48,7 +48,7 @@ def collectives_of_a_fit(depth: int) -> list[list[tuple[str, int]]]:
 
 
 @pytest.mark.parametrize("depth", [5, 500])
-def test_one_collective_a_logged_step(depth: int) -> None:
+def test_collectives_one_per_logged_step(depth: int) -> None:
     """Ten or a thousand layers. In the first step the ranks also agree on the layout."""
     first, *others = run_ranks(collectives_of_a_fit, 2, depth)[0]
     assert [name for name, _ in first].count("all_gather_object") == 1
@@ -56,7 +56,7 @@ def test_one_collective_a_logged_step(depth: int) -> None:
     assert [[name for name, _ in step] for step in others] == [[], ["all_reduce"], [], ["all_reduce"]]
 
 
-def test_its_size_is_the_models() -> None:
+def test_collective_size_depends_on_the_model_alone() -> None:
     sizes = {ranks: run_ranks(collectives_of_a_fit, ranks, 5)[0][2] for ranks in (1, 2, 4)}
     assert sizes[1] == sizes[2] == sizes[4]
     slots, layers, parameters, units = 11, 11, 12, 10 * 4 + 10

@@ -12,27 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
+from tests.support.faults import FIND_LAYERS, MOMENTS_OF, PACK, STEP_RESULT, SUMS_OF_SQUARES, WRITE, break_on_this_rank
 from tests.support.models import DigitsMLP, digits
 from tests.support.oracle import BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer
-
-
-def break_on_this_rank(target: str, from_call: int) -> None:
-    """Make a function of the package fail from its n-th call on."""
-    patch, calls = pytest.MonkeyPatch(), 0
-    module_name, name = target.rsplit(".", 1)
-    owner = __import__("pkgutil").resolve_name(module_name)
-    original = getattr(owner, name)
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > from_call:
-            raise RuntimeError("bad luck")
-        return original(*args, **kwargs)
-
-    patch.setattr(owner, name, broken)
 
 
 def fit_with_fault(target: str | None, broken_rank: int, from_call: int) -> tuple[list[str], int, dict[str, Tensor]]:
@@ -53,11 +37,11 @@ def fit_with_fault(target: str | None, broken_rank: int, from_call: int) -> tupl
 
 
 FAULTS = [
-    # target, what it is called, calls that go well: none, or those of the first step on one rank
-    ("lightning_init.callbacks.monitor.find_layers", "finding the layers", (0,)),
-    ("lightning_init.monitor.collector.moments_of", "hook on layer 'network.0'", (0, 10)),
-    ("lightning_init.monitor.parameter_norms.sums_of_squares", "on_before_optimizer_step", (0, 1)),
-    ("lightning_init.monitor.exchange.VectorLayout.pack", "packing", (0, 1)),
+    # and how many calls go well: none, or those of the first step on one rank
+    (FIND_LAYERS, (0,)),
+    (MOMENTS_OF, (0, 10)),
+    (SUMS_OF_SQUARES, (0, 1)),
+    (PACK, (0, 1)),
 ]
 
 
@@ -69,9 +53,9 @@ def plain_weights() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("broken_rank", [0, 1])
 @pytest.mark.parametrize(
-    ("target", "where", "from_call"), [(t, w, c) for t, w, calls in FAULTS for c in calls], ids=str
+    ("target", "where", "from_call"), [(*fault, c) for fault, calls in FAULTS for c in calls], ids=str
 )
-def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: int, broken_rank: int) -> None:
+def test_fault_on_one_rank_ends_monitoring_on_all(target: str, where: str, from_call: int, broken_rank: int) -> None:
     results = run_ranks(fit_with_fault, 2, target, broken_rank, from_call)
     (message,), measured, weights = results[0]
     assert message == (
@@ -87,12 +71,9 @@ def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: 
 
 @pytest.mark.parametrize(
     ("target", "where"),
-    [
-        ("lightning_init.show.loggers.Board.write", "writing"),
-        ("lightning_init.monitor.recorder.StepResult", "reading"),
-    ],
+    [WRITE, STEP_RESULT],
 )
-def test_a_fault_behind_the_collective(target: str, where: str) -> None:
+def test_fault_after_the_collective(target: str, where: str) -> None:
     """Rank zero says it at once; the others hear of it at the next logged step."""
     (said, measured, _), (others, _, _) = run_ranks(fit_with_fault, 2, target, 0, 1)
     (message,) = said
@@ -101,9 +82,9 @@ def test_a_fault_behind_the_collective(target: str, where: str) -> None:
     assert others == []
 
 
-def test_a_fault_behind_the_collective_on_another_rank() -> None:
+def test_fault_after_the_collective_on_another_rank() -> None:
     """Rank one's own reading fails in the second step: rank zero has that step, and learns of it in the third."""
-    (said, measured, _), _ = run_ranks(fit_with_fault, 2, "lightning_init.monitor.recorder.StepResult", 1, 1)
+    (said, measured, _), _ = run_ranks(fit_with_fault, 2, STEP_RESULT.target, 1, 1)
     assert [message.rpartition("goes on. ")[2] for message in said] == ["rank 1: reading: RuntimeError: bad luck"]
     assert measured == 2
 
@@ -124,7 +105,7 @@ class Uneven(nn.Module):
         else:
             hidden = hidden + 0 * sum(p.sum() for p in self.extra.parameters())  # DDP wants every gradient
         self.calls += 1
-        return self.head(hidden)  # type: ignore[no-any-return]
+        return self.head(hidden)
 
 
 def fit_uneven() -> dict[int, dict[str, float]]:
@@ -142,7 +123,7 @@ def fit_uneven() -> dict[int, dict[str, float]]:
     return memory.steps
 
 
-def test_ranks_whose_layouts_differ() -> None:
+def test_layouts_that_differ_between_ranks_are_merged() -> None:
     """New slots on one rank, in the middle of training: agreed again, and the numbers stay the truth."""
     steps = run_ranks(fit_uneven, 2)[0]
     torch.manual_seed(0)
@@ -152,8 +133,8 @@ def test_ranks_whose_layouts_differ() -> None:
     for step, actual in steps.items():
 
         def loss(network: nn.Module, batch: Any, step: int = step) -> Tensor:
-            x, y, network.rank = batch  # type: ignore[assignment]
-            network.calls = step  # type: ignore[assignment]
+            x, y, network.rank = batch
+            network.calls = step
             return nn.functional.cross_entropy(network(x), y)
 
         rows = [slice(100 * rank + 8 * step, 100 * rank + 8 * step + 8) for rank in range(2)]

@@ -18,8 +18,9 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor
+from tests.support.faults import broken
 from tests.support.models import DigitsMLP, digits
-from tests.support.monitored_fits import At, fit, hooks_of, raise_runtime_error
+from tests.support.monitored_fits import At, fit, hooks_of
 from tests.support.oracle import MemoryLogger
 from tests.support.trainers import make_trainer
 
@@ -34,7 +35,7 @@ def terminate(module: LightningModule) -> None:
 
 def failing_step(module: LightningModule) -> None:
     def step(*args: Any) -> None:
-        module.network(digits()[0][:4])  # type: ignore[operator]
+        module.network(digits()[0][:4])
         raise RuntimeError("bad luck")
 
     module.training_step = step
@@ -43,18 +44,20 @@ def failing_step(module: LightningModule) -> None:
 @pytest.mark.parametrize(
     ("event", "action"),
     [
-        ("on_fit_start", raise_runtime_error),
+        ("on_fit_start", broken),
         ("on_fit_start", failing_step),
-        ("on_train_batch_start", raise_runtime_error),
-        ("on_before_backward", raise_runtime_error),
+        ("on_train_batch_start", broken),
+        ("on_before_backward", broken),
         ("on_before_optimizer_step", interrupt),
-        ("on_train_batch_end", raise_runtime_error),
+        ("on_train_batch_end", broken),
         ("on_train_batch_start", terminate),
-        ("on_train_end", raise_runtime_error),
+        ("on_train_end", broken),
     ],
 )
 @pytest.mark.parametrize("neighbour_first", [True, False])
-def test_no_hook_survives(event: str, action: Callable[[LightningModule], Any], neighbour_first: bool) -> None:
+def test_hooks_are_removed_after_the_fit(
+    event: str, action: Callable[[LightningModule], Any], neighbour_first: bool
+) -> None:
     module, monitor, neighbour = DigitsMLP(), ActivationVarianceMonitor(1), At(event, action)
     callbacks = [neighbour, monitor] if neighbour_first else [monitor, neighbour]
     trainer = make_trainer(max_epochs=1, logger=MemoryLogger(), callbacks=callbacks)
@@ -64,7 +67,7 @@ def test_no_hook_survives(event: str, action: Callable[[LightningModule], Any], 
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
-def test_no_hook_outside_of_logged_batches() -> None:
+def test_hooks_exist_in_logged_batches_only() -> None:
     module, between = DigitsMLP(), []
     spy = At("on_train_batch_start", lambda m: between.append(len(hooks_of(m))))
     fit(module, ActivationVarianceMonitor(3), spy)
@@ -72,7 +75,7 @@ def test_no_hook_outside_of_logged_batches() -> None:
     assert hooks_of(module) == []
 
 
-def test_an_epoch_that_ends_in_the_middle_of_a_batch() -> None:
+def test_epoch_that_ends_in_the_middle_of_a_batch() -> None:
     class Leaving(DigitsMLP):
         def on_train_batch_start(self, batch: Any, batch_index: int) -> int | None:
             return -1 if batch_index == 2 else None
@@ -85,7 +88,7 @@ def test_an_epoch_that_ends_in_the_middle_of_a_batch() -> None:
     assert between == [0, 0]
 
 
-def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
+def test_model_is_saved_and_copied_during_a_monitored_fit() -> None:
     saved: list[nn.Module] = []
 
     def save(module: LightningModule) -> None:
@@ -93,7 +96,7 @@ def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
         buffer = io.BytesIO()
         torch.save(module.network, buffer)
         saved.append(torch.load(io.BytesIO(buffer.getvalue()), weights_only=False))
-        saved.append(copy.deepcopy(module.network))  # type: ignore[arg-type]
+        saved.append(copy.deepcopy(module.network))
         saved.append(pickle.loads(pickle.dumps(module.network)))
 
     module = DigitsMLP()
@@ -104,7 +107,7 @@ def test_the_model_is_saved_and_copied_with_the_monitor_on() -> None:
     assert all(torch.equal(twin(x), before(x)) for twin in saved)
 
 
-def test_the_callback_pickles_and_copies_also_during_a_fit() -> None:
+def test_callback_pickles_and_copies_also_during_a_fit() -> None:
     twins: list[ActivationVarianceMonitor] = []
     monitor = ActivationVarianceMonitor(2, layers=["network.*"], stats=["default"])
 
@@ -118,7 +121,7 @@ def test_the_callback_pickles_and_copies_also_during_a_fit() -> None:
         assert set(other.latest) == set(monitor.latest)
 
 
-def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: Path) -> None:
+def test_interval_continues_when_resuming_and_starts_again_in_a_second_fit(tmp_path: Path) -> None:
     module = DigitsMLP()
     trainer = make_trainer(max_steps=4, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(3)])
     trainer.fit(module)
@@ -133,7 +136,7 @@ def test_resuming_continues_the_interval_and_fitting_again_starts_it(tmp_path: P
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_finder_trains_ahead_and_is_forgotten(first: bool, tmp_path: Path) -> None:
+def test_finder_steps_before_the_fit_are_not_logged(first: bool, tmp_path: Path) -> None:
     """It trains inside on_fit_start, then puts the weights back."""
     torch.manual_seed(0)
     module = DigitsMLP(num_samples=128)

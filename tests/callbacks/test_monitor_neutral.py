@@ -10,8 +10,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 
 from lightning_init import ActivationVarianceMonitor
+from tests.support import faults
+from tests.support.faults import (
+    ATTACH,
+    FIND_LAYERS,
+    LOSS_SCALE,
+    PACK,
+    STEP_RESULT,
+    SUMS_OF_SQUARES,
+    WRITE,
+    moments_of_layer,
+)
 from tests.support.models import DigitsConvNet, DigitsLSTM, DigitsTransformer
-from tests.support.monitored_fits import fit, hooks_of, raise_runtime_error
+from tests.support.monitored_fits import fit, hooks_of
 
 
 def no_change_module(kind: str) -> LightningModule:
@@ -38,7 +49,7 @@ class Trace(Callback):
 
 
 @pytest.mark.parametrize("kind", ["conv", "lstm", "transformer"])
-def test_training_is_bit_identical(kind: str) -> None:
+def test_training_with_the_monitor_is_bit_identical(kind: str) -> None:
     traces = []
     for monitor in (None, ActivationVarianceMonitor(1), ActivationVarianceMonitor(2)):
         trace = Trace()
@@ -51,25 +62,15 @@ def test_training_is_bit_identical(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("target", "where"),
-    [
-        ("lightning_init.callbacks.monitor.find_layers", "finding the layers"),
-        ("lightning_init.monitor.collector.ActivationCollector.attach", "on_train_batch_start"),
-        ("lightning_init.monitor.collector.moments_of", "hook on layer 'network.0'"),
-        ("lightning_init.callbacks._lightning.loss_scale", "on_before_backward"),
-        ("lightning_init.monitor.parameter_norms.sums_of_squares", "on_before_optimizer_step"),
-        ("lightning_init.monitor.exchange.VectorLayout.pack", "packing"),
-        ("lightning_init.monitor.recorder.StepResult", "reading"),
-        ("lightning_init.show.loggers.Board.write", "writing"),
-    ],
+    [FIND_LAYERS, ATTACH, moments_of_layer("network.lstm"), LOSS_SCALE, SUMS_OF_SQUARES, PACK, STEP_RESULT, WRITE],
 )
-def test_a_fault_is_said_once_and_training_ends_as_without(
+def test_fault_is_warned_about_once_and_training_is_bit_identical(
     monkeypatch: pytest.MonkeyPatch, target: str, where: str
 ) -> None:
     plain, broken = Trace(), Trace()
     fit(no_change_module("lstm"), None, plain)
     module, monitor = no_change_module("lstm"), ActivationVarianceMonitor(1)
-    monkeypatch.setattr(target, raise_runtime_error)
-    where = where.replace("network.0", "network.lstm")
+    monkeypatch.setattr(target, faults.broken)
     with pytest.warns(
         UserWarning, match=f"switched off; training goes on. .*{where}: RuntimeError: bad luck"
     ) as caught:

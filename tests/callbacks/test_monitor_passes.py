@@ -42,7 +42,7 @@ class Intruder(Callback):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_only_the_training_step_counts(first: bool) -> None:
+def test_passes_outside_of_the_training_step_are_not_recorded(first: bool) -> None:
     """Sanity check, validation, summary and neighbours run the same modules, before and between."""
     torch.manual_seed(0)
     module = BatchModule(mlp(), batches(2))
@@ -100,7 +100,7 @@ class GAN(LightningModule):
         yield (1 - judge(fake)).square().mean()
 
     def training_step(self, batch: Batch, batch_index: int) -> None:
-        for loss, optimizer in zip(self.losses(batch[0]), self.optimizers(), strict=True):  # type: ignore[arg-type]
+        for loss, optimizer in zip(self.losses(batch[0]), self.optimizers(), strict=True):
             optimizer.zero_grad()
             loss.backward() if self.direct else self.manual_backward(loss)
             optimizer.step()
@@ -133,12 +133,12 @@ def gan_gradient_variances(module: GAN, batch: Batch) -> dict[str, float]:
     return {name: torch.cat(g).var(correction=0).item() for name, g in watched.gradients.items()}
 
 
-def test_several_optimizers_by_hand() -> None:
+def test_manual_optimization_with_several_optimizers() -> None:
     torch.manual_seed(0)
     module = GAN()
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     slow = copy.deepcopy(module).double()
-    slow.batches = None  # type: ignore[assignment]
+    slow.batches = None
     steps = fit(module, ActivationVarianceMonitor(1))
     assert sorted(steps) == [0, 1]
     expected = gan_norms(slow, batches(2)[1])
@@ -153,7 +153,7 @@ def test_several_optimizers_by_hand() -> None:
         assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
 
 
-def test_only_the_losses_gradients_count() -> None:
+def test_gradients_of_other_backward_passes_are_not_recorded() -> None:
     """What ``torch.autograd.grad`` sends back through the same modules behind the last loss is no part of them."""
 
     class Curious(GAN):
@@ -164,15 +164,15 @@ def test_only_the_losses_gradients_count() -> None:
     torch.manual_seed(0)
     module = Curious()
     slow = copy.deepcopy(module).double()
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     steps = fit(module, ActivationVarianceMonitor(1))
     for name, variance in gan_gradient_variances(slow, batches(2)[1]).items():
         assert steps[1][f"gradient_variance/{name}"] == pytest.approx(variance, rel=1e-5), name
 
 
-def test_a_backward_lightning_does_not_know_of() -> None:
+def test_backward_unknown_to_lightning_is_warned_about() -> None:
     module = GAN(direct=True)
-    module.batches = batches(2)  # type: ignore[assignment]
+    module.batches = batches(2)
     with pytest.warns(UserWarning, match="sees no gradients, because loss.backward.. is called directly") as caught:
         steps = fit(module, ActivationVarianceMonitor(1))
     assert len([w for w in caught if "sees no gradients" in str(w.message)]) == 1
@@ -180,7 +180,7 @@ def test_a_backward_lightning_does_not_know_of() -> None:
     assert "activation_variance/generator" in steps[1]
 
 
-def test_lbfgs_evaluates_often_and_the_first_evaluation_counts() -> None:
+def test_lbfgs_records_the_first_evaluation_of_a_step() -> None:
     class Newton(BatchModule):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.LBFGS(self.parameters(), max_iter=4)
@@ -196,7 +196,7 @@ def test_lbfgs_evaluates_often_and_the_first_evaluation_counts() -> None:
 def scaler_plugin(scale: float = 2.0**16) -> MixedPrecision:
     """float16's gradient scaler around a step in float32: what CUDA does, as far as a CPU can."""
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=scale))
-    plugin.forward_context = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign,assignment]
+    plugin.forward_context = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[return-value]
     return plugin
 
 
@@ -207,7 +207,7 @@ class Fused(BatchModule):
 
 @pytest.mark.parametrize("kind", [BatchModule, Fused])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_loss_scale_is_taken_out(kind: type[BatchModule], accumulation: int) -> None:
+def test_loss_scale_is_divided_out(kind: type[BatchModule], accumulation: int) -> None:
     torch.manual_seed(0)
     network = mlp()
     slow = copy.deepcopy(network).double()
@@ -223,7 +223,7 @@ def test_the_loss_scale_is_taken_out(kind: type[BatchModule], accumulation: int)
 
 
 @pytest.mark.parametrize("kind", [BatchModule, Fused])
-def test_an_overflow_is_said_once_and_skipped(kind: type[BatchModule]) -> None:
+def test_overflow_is_warned_about_once_and_skipped(kind: type[BatchModule]) -> None:
     plugin = scaler_plugin(2.0**120)
     module = kind(mlp(), batches(3), lambda network, batch: 1e6 * cross_entropy(network, batch))
     with pytest.warns(UserWarning, match="leaves out the gradient statistics of step 0") as caught:
@@ -236,7 +236,7 @@ def test_an_overflow_is_said_once_and_skipped(kind: type[BatchModule]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_bfloat16_activations_are_measured_as_they_are(precision: Any) -> None:
+def test_bfloat16_activations_are_measured_in_float64(precision: Any) -> None:
     """The oracle keeps the very outputs of the same run: only the arithmetic on them is compared."""
     torch.manual_seed(0)
     network = mlp()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
 from lightning_init.monitor.statistics import EDGES
+from tests.support.faults import AFTER_STEP, broken
 from tests.support.models import DigitsMLP, digits, mlp
 from tests.support.oracle import BatchModule, MemoryLogger, cross_entropy, share_left_by_clipping
 from tests.support.trainers import make_trainer
@@ -38,14 +39,14 @@ def expected_step(network: nn.Module, clip: float, rate: float) -> dict[str, flo
     for name, own in layers.items():
         tags[f"gradient_norm/{name}"] = gradients[name]
         tags[f"gradient_norm_clipped/{name}"] = gradients[name] * share
-        tags[f"weight_norm/{name}"] = norm(own)  # type: ignore[arg-type]
-        tags[f"update_ratio/{name}"] = rate * gradients[name] * share / norm(own)  # type: ignore[arg-type]
+        tags[f"weight_norm/{name}"] = norm(own)
+        tags[f"update_ratio/{name}"] = rate * gradients[name] * share / norm(own)
     return tags
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_before_and_after_the_step(clip: float, accumulation: int) -> None:
+def test_step_statistics_before_and_after_the_optimizer_step(clip: float, accumulation: int) -> None:
     torch.manual_seed(0)
     network, memory = mlp(), MemoryLogger()
     expected = expected_step(copy.deepcopy(network).double(), clip, rate=0.1)
@@ -70,11 +71,11 @@ def step_hooks(module: LightningModule) -> list[Any]:
     return [
         hook
         for optimizer in (optimizers if isinstance(optimizers, list) else [optimizers])
-        for hook in optimizer._optimizer_step_post_hooks.values()  # type: ignore[union-attr]
+        for hook in optimizer._optimizer_step_post_hooks.values()
     ]
 
 
-def test_no_hook_stays_on_an_optimizer() -> None:
+def test_optimizer_hooks_are_removed() -> None:
     class Spy(Callback):
         seen: list[int] = []  # noqa: RUF012
 
@@ -88,16 +89,13 @@ def test_no_hook_stays_on_an_optimizer() -> None:
     assert monitor.latest["update_ratio/total"] > 0
 
 
-def test_a_fault_after_the_step_is_said_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any) -> None:
-        raise RuntimeError("bad luck")
-
-    monkeypatch.setattr("lightning_init.monitor.parameter_norms.ParameterNorms.after_step", broken)
+def test_fault_after_the_step_is_warned_about_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AFTER_STEP.target, broken)
     module = DigitsMLP()
     trainer = make_trainer(
         max_steps=3, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(1, stats=STEP_STATS)]
     )
-    with pytest.warns(UserWarning, match="after the optimizer's step: RuntimeError: bad luck"):
+    with pytest.warns(UserWarning, match=f"{AFTER_STEP.where}: RuntimeError: bad luck"):
         trainer.fit(module)
     assert trainer.global_step == 3
 
@@ -126,7 +124,7 @@ def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
             assert count == pytest.approx(int(((output > below) & (output <= limit)).sum()), abs=1)
 
 
-def test_every_statistic_at_once_is_neutral() -> None:
+def test_training_with_every_statistic_is_bit_identical() -> None:
     weights = []
     for stats in (None, ["default", *STEP_STATS, "histogram", "kurtosis", "activation_max", "saturation"]):
         torch.manual_seed(0)

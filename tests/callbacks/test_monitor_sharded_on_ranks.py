@@ -50,7 +50,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(self.norm(x)))) + x  # type: ignore[no-any-return]
+        return self.down(self.act(self.up(self.norm(x)))) + x
 
 
 class Network(nn.Module):
@@ -59,7 +59,7 @@ class Network(nn.Module):
         self.first, self.block, self.head = nn.Linear(5, WIDTH), Block(hidden), nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.first(x))).clone()  # type: ignore[no-any-return]
+        return self.head(self.block(self.first(x))).clone()
 
 
 PLANS: dict[str, dict[str, ParallelStyle]] = {
@@ -92,7 +92,7 @@ class Parallel(BatchModule):
             parallelize_module(self.network, self.device_mesh["tensor_parallel"], PLANS[self.plan])
         if self.device_mesh["data_parallel"].size() > 1:
             for module in (self.network.block, self.network):
-                fully_shard(module, mesh=self.device_mesh["data_parallel"])  # type: ignore[arg-type]
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
 
 def loss(network: nn.Module, batch: Batch) -> Tensor:
@@ -188,6 +188,6 @@ def test_tensor_parallel_alone_and_under_fsdp2(world_size: int, plan: str) -> No
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_before_and_after_clipping(world_size: int) -> None:
+def test_gradient_norms_before_and_after_clipping(world_size: int) -> None:
     """Under FSDP2 alone: torch clips no model of which a part is tensor parallel."""
     check(world_size, None, 1, 1, clip=0.05)

@@ -52,7 +52,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader([self.rows] * 3, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([self.rows] * 3, batch_size=None)
 
 
 def half(batch: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_is_reported(name: str) -> None:
+def test_transformers_layers_are_all_logged(name: str) -> None:
     (steps, said), (_, others) = run_ranks(monitored, 2, name)
     assert sorted(steps) == [0, 1, 2]
     not_called, returned_child_output = NOT_CALLED.get(name, []), RETURN_THEIR_CHILDS.get(name, [])
@@ -109,7 +109,7 @@ def test_every_layer_is_reported(name: str) -> None:
         batches,
         accumulation=1,
         prefix="model.",
-        loss=lambda network, batch: network(**batch).loss,  # type: ignore[arg-type]
+        loss=lambda network, batch: network(**batch).loss,  # type: ignore[call-arg]
         names=names,
         unit_dims={n: 1 for n in names if re.search(pattern, n)},
         rectifiers=[layer.name for layer in layers if layer.activation and layer.activation.rectifies],

@@ -56,7 +56,7 @@ HERE = __name__
         ("--age=old", "age: 'old' is not of type float or null"),
     ],
 )
-def test_one_line(argument: str, line: str) -> None:
+def test_error_is_explained_in_one_line(argument: str, line: str) -> None:
     assert explain(report_of(argument)) == line
 
 
@@ -68,9 +68,9 @@ def test_one_line(argument: str, line: str) -> None:
         ("--quite.else=3", "unknown option 'quite.else'"),
     ],
 )
-def test_unknown_keys(argument: str, line: str) -> None:
+def test_error_of_unknown_keys_names_the_nearest(argument: str, line: str) -> None:
     assert explain(report_of(argument), known_keys=["pet", "collars", "age"]) == line
 
 
-def test_a_report_of_unknown_shape_is_shown_whole() -> None:
+def test_error_of_unknown_form_is_shown_whole() -> None:
     assert explain("Something new\n  went wrong: {'a': 1}") == "Something new went wrong: {'a': 1}"

@@ -71,7 +71,7 @@ def interval_of(cli: InitCLI) -> int | None:
 with_monitor = pytest.mark.filterwarnings("ignore:ActivationVarianceMonitor.*logger:UserWarning")
 
 
-def test_no_block_no_callback() -> None:
+def test_callback_is_absent_without_its_block() -> None:
     cli = fit()
     assert scheme_of(cli) is None
     assert interval_of(cli) is None
@@ -102,7 +102,7 @@ def test_flags_without_a_value_stand_for_the_defaults() -> None:
     assert any(isinstance(callback, ActivationVarianceMonitor) for callback in cli.trainer.callbacks)
 
 
-def test_the_block_initialises_the_model() -> None:
+def test_init_block_initialises_the_model() -> None:
     cli = fit("--init.scheme=zeros", "--init.rules=[{pattern: '*.4.weight', scheme: ones}]", "--model.learning_rate=0")
     weights = {name: p.detach() for name, p in cli.model.named_parameters() if name.endswith("weight")}
     assert weights.pop("network.4.weight").eq(1).all()
@@ -118,12 +118,12 @@ def test_rules_and_scheme_classes_in_yaml() -> None:
     assert {entry.target_std for entry in callback.report.drawn if entry.name.endswith("weight")} == {1e-3}
 
 
-def test_a_callback_in_the_list_counts() -> None:
+def test_callback_in_the_list_is_used() -> None:
     assert scheme_of(fit(trainer={**QUIET, "callbacks": [IN_LIST]})) == "lecun_normal"
     assert scheme_of(fit(trainer={**QUIET, "callbacks": IN_LIST})) == "lecun_normal"
 
 
-def test_a_block_takes_the_place_of_the_callback_in_the_list() -> None:
+def test_block_replaces_the_callback_in_the_list() -> None:
     with pytest.warns(UserWarning, match="`init` takes the place of the InitCallback in trainer.callbacks"):
         cli = fit("--init.scheme=ones", trainer={**QUIET, "callbacks": [IN_LIST]})
     assert scheme_of(cli) == "ones"
@@ -137,14 +137,14 @@ def test_a_block_takes_the_place_of_the_callback_in_the_list() -> None:
         ({"init": {"scheme": "ones"}}, "ones"),
     ],
 )
-def test_a_default_of_the_script_gives_way(blocks: dict[str, Any], scheme: str) -> None:
+def test_default_of_the_script_is_overridden(blocks: dict[str, Any], scheme: str) -> None:
     defaults = {"callbacks": [InitCallback("zeros")]}
     cli = InitCLI(args=arguments(**blocks), save_config_callback=None, trainer_defaults=defaults)
     assert scheme_of(cli) == scheme
     assert len(defaults["callbacks"]) == 1  # the script's own dictionary is left as it was
 
 
-def test_the_saved_config_starts_the_same_run() -> None:
+def test_config_saved_by_a_run_starts_the_same_run() -> None:
     trainer = {**QUIET, "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "first"}}}
     first = InitCLI(args=arguments(init={"scheme": "xavier_normal"}, monitor={}, trainer=trainer))
     [saved] = Path("first").rglob("config.yaml")
@@ -207,7 +207,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("flags", "blocks", "line"), WRONG, ids=[line[:40] for _, _, line in WRONG])
-def test_a_mistake_costs_one_line(
+def test_mistakes_are_explained_in_one_line(
     flags: list[str], blocks: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:

@@ -67,7 +67,7 @@ def positions_found(shard: LocalShard, block: Block) -> tuple[Tensor, Tensor]:
     st.data(),
 )
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_window_is_what_dtensor_holds(
+def test_local_shard_is_what_dtensor_holds(
     mesh: DeviceMesh, sizes: list[int], start: int, length: int, data: st.DataObject
 ) -> None:
     shape = tuple(sizes)
@@ -88,7 +88,7 @@ def test_a_window_is_what_dtensor_holds(
     assert torch.equal(local, held[(held >= start) & (held < start + length)])
 
 
-def test_rows_are_consecutive_and_need_no_list(mesh: DeviceMesh) -> None:
+def test_local_shard_of_rows_is_a_range(mesh: DeviceMesh) -> None:
     """Shard(0), the common case, holds one range: no memory for positions."""
     for layout in LAYOUTS[tuple(mesh.shape)]:
         if all(getattr(placement, "dim", 0) == 0 for placement in layout):
@@ -96,20 +96,20 @@ def test_rows_are_consecutive_and_need_no_list(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (4, 3)])
-def test_a_plain_tensor_is_whole(shape: tuple[int, ...]) -> None:
+def test_local_shard_of_a_plain_tensor_is_all_of_it(shape: tuple[int, ...]) -> None:
     shard = local_shard_of(numbered(shape))
     assert (shard.whole_shape, shard.offset, shard.positions, shard.is_sharded) == (shape, 0, None, False)
     assert torch.equal(shard.take(numbered(shape)), numbered(shape).flatten())
 
 
-def test_a_scalar_on_many_ranks() -> None:
+def test_local_shard_of_a_scalar() -> None:
     with as_rank(1, (2,)) as mesh:
         shard = local_shard_of(distribute_tensor(torch.tensor(3.0), mesh, [Replicate()], src_data_rank=None))
     assert shard.overlap(0, 10) == (slice(0, 1), slice(0, 1))
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])
-def test_the_local_tensor_is_the_parameters_own_memory(is_sharded: bool) -> None:
+def test_local_tensor_shares_the_parameters_memory(is_sharded: bool) -> None:
     with as_rank(0, (2,)) as mesh:
         weight = torch.zeros(4, 3)
         parameter = nn.Parameter(
@@ -131,7 +131,7 @@ def test_partial_sums_are_refused() -> None:
             local_shard_of(partial)
 
 
-def test_a_block_beside_the_window_has_nothing_here() -> None:
+def test_block_outside_of_the_local_shard_has_no_positions() -> None:
     shard = LocalShard(torch.zeros(10), torch.Size([100]), offset=20)
     assert shard.overlap(0, 20) is None
     assert shard.overlap(30, 40) is None

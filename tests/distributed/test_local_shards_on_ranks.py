@@ -71,13 +71,13 @@ LAYOUTS: list[VectorLayout] = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("scheme", "dtype"), [("he_normal", torch.float32), ("orthogonal", torch.bfloat16)], ids=str)
-def test_shards_put_together_are_the_whole(layout: VectorLayout, scheme: str, dtype: torch.dtype) -> None:
+def test_local_shards_together_are_the_full_tensor(layout: VectorLayout, scheme: str, dtype: torch.dtype) -> None:
     world_size = int(torch.tensor(layout[0]).prod())
     for weights in run_ranks(distributed, world_size, layout, scheme, dtype):
         assert_same(weights, expected(scheme, dtype))
 
 
-def test_the_padding_rows_of_the_expectation_are_zero() -> None:
+def test_expected_padding_rows_are_zero() -> None:
     weights = expected("he_normal")
     assert not weights["table.weight"][5].any()
     assert not weights["words.weight"][9].any()
@@ -91,9 +91,9 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     def counted(self: Block, *args: object) -> Tensor:
         if len(self) > 16:  # the start of the stream, which ranks compare, has 16 values
             drawn.append(self.number)
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)
 
-    Block.draw = counted  # type: ignore[method-assign]
+    Block.draw = counted
     streams.BLOCK = 1000  # ten rows
     layer = nn.Linear(100, 60, bias=False)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -101,7 +101,7 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     initialize(layer, Normal(), seed=SEED)
     here = sorted(drawn)
     alone = streams.draw_all(Normal(), streams.Key(SEED, "weight"), 6000).view(60, 100)
-    return here, torch.equal(layer.weight.full_tensor(), alone)  # type: ignore[attr-defined]
+    return here, torch.equal(layer.weight.full_tensor(), alone)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,9 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     ],
     ids=str,
 )
-def test_a_rank_draws_only_the_blocks_it_holds(world_size: int, placement: Placement, numbers: list[list[int]]) -> None:
+def test_blocks_drawn_by_a_rank_are_those_it_holds(
+    world_size: int, placement: Placement, numbers: list[list[int]]
+) -> None:
     results = run_ranks(blocks_per_rank, world_size, placement)
     assert [drawn for drawn, _ in results] == numbers
     assert all(is_whole for _, is_whole in results)

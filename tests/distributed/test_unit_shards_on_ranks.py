@@ -40,7 +40,7 @@ def shares() -> dict[str, Any]:
     return found
 
 
-def test_shares_of_every_placement() -> None:
+def test_unit_shards_of_every_placement() -> None:
     results = run_ranks(shares, 4)
     assert [result["column"] for result in results] == [(2, 0, 6), (2, 2, 6), (2, 4, 6), (0, 6, 6)]
     assert {result["row"] for result in results} == {None}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor, nn
 
+from lightning_init import Constant, Distribution, Normal, Orthogonal, Role, TruncatedNormal, Uniform, plan
 from lightning_init.distributed.shards import local_shard_of
 from lightning_init.initialization.draw import (
     GENERIC_ROLE,
@@ -25,12 +26,9 @@ from lightning_init.initialization.draw import (
     measure,
     stream_fingerprint,
 )
-from lightning_init.initialization.initialize import plan
 from lightning_init.initialization.streams import BLOCK, Key, draw_all
-from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
-from lightning_init.schemes.distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
-from lightning_init.schemes.structured import Matrix, Orthogonal
+from lightning_init.schemes.structured import Matrix
 
 
 def part(values: Distribution | Orthogonal, count: int, start: int = 0, key: Key = Key(0, "w")) -> DrawChunk:  # noqa: B008
@@ -52,7 +50,9 @@ DISTRIBUTIONS = [Normal(0.02), Uniform(-0.1, 0.3), TruncatedNormal(mean=1.0), Co
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
 @pytest.mark.parametrize("count", [1, 15, 17, BLOCK, BLOCK + 1, 2 * BLOCK + 333])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_block_by_block_is_the_plain_way(distribution: Distribution, count: int, dtype: torch.dtype) -> None:
+def test_drawing_block_by_block_equals_drawing_at_once(
+    distribution: Distribution, count: int, dtype: torch.dtype
+) -> None:
     piece = part(distribution, count)
     out = torch.full((count,), math.nan, dtype=dtype)
     measured = filled_by_blocks(piece, out)
@@ -65,7 +65,7 @@ def test_block_by_block_is_the_plain_way(distribution: Distribution, count: int,
 
 
 @pytest.mark.parametrize("start", [1, 7, BLOCK - 1])
-def test_a_slice_is_the_same_wherever_it_starts(start: int) -> None:
+def test_chunk_is_the_same_wherever_it_starts(start: int) -> None:
     """A gate of odd size leaves the next one at an odd place in memory."""
     count = 2 * BLOCK + 5
     memory = torch.full((start + count + 3,), math.nan)
@@ -77,7 +77,7 @@ def test_a_slice_is_the_same_wherever_it_starts(start: int) -> None:
     assert memory[start + count :].isnan().all()
 
 
-def test_every_gate_has_a_chunk_and_a_stream() -> None:
+def test_gates_have_chunks_and_streams_of_their_own() -> None:
     lstm = nn.LSTM(3, 5)
     step = next(step for step in plan(lstm) if step.name == "weight_hh_l0")
     parts = chunks_of(step, 9, 100)
@@ -86,7 +86,7 @@ def test_every_gate_has_a_chunk_and_a_stream() -> None:
     assert len({stream_fingerprint(p) for p in parts}) == 4
 
 
-def test_a_parameter_in_one_piece_has_a_nameless_part() -> None:
+def test_chunk_of_an_undivided_parameter_has_no_name() -> None:
     (step,) = plan(nn.Linear(4, 6, bias=False))
     assert chunks_of(step, 1, 24) == [DrawChunk(0, 24, step.initializers[0], step.gain, Key(1, "weight", ""))]
 
@@ -108,19 +108,19 @@ def test_measured_sums_add_up_wherever_they_are_split(numbers: list[float], cut:
     assert at_once.std == pytest.approx(reference, rel=1e-5, abs=1e-30)
 
 
-def test_measured_of_nothing() -> None:
+def test_measured_of_no_elements() -> None:
     nothing = measure(torch.empty(0), Normal())
     assert (nothing.squares, nothing.count, nothing.checksum, nothing.std) == (0.0, 0, 0, 0.0)
 
 
-def test_large_tensors_are_measured_well() -> None:
+def test_measured_is_accurate_for_large_tensors() -> None:
     """Summed in one go in float32, the squares of 2²⁴ elements would be off by 6e-5."""
     values = torch.rand(1 << 24, generator=torch.Generator().manual_seed(0))
     assert float(torch.dot(values, values)) != pytest.approx(float(values.double().square().sum()), rel=1e-5)
     assert measure(values, Normal()).squares == pytest.approx(float(values.double().square().sum()), rel=1e-6)
 
 
-def test_the_checksum_is_of_the_bits() -> None:
+def test_checksum_depends_on_every_bit() -> None:
     values = torch.randn(1001, generator=torch.Generator().manual_seed(0))
     checksums = set()
     for index in range(1001):  # the last bit of any one element
@@ -132,13 +132,13 @@ def test_the_checksum_is_of_the_bits() -> None:
     assert measure(-torch.zeros(3), Normal()).checksum != measure(torch.zeros(3), Normal()).checksum
 
 
-def test_the_checksum_is_a_signed_integer_of_64_bits() -> None:
+def test_checksum_is_a_signed_64_bit_integer() -> None:
     largest = Measured(checksum=2**63 - 1)
     largest += Measured(checksum=1)
     assert largest.checksum == -(2**63)
 
 
-def test_what_a_parametrization_transforms_stays_transformed() -> None:
+def test_measured_stays_transformed() -> None:
     measured = Measured()
     measured += Measured(is_transformed=True)
     measured += Measured()
@@ -146,7 +146,7 @@ def test_what_a_parametrization_transforms_stays_transformed() -> None:
 
 
 @pytest.mark.parametrize("distribution", [Normal(0.5), Uniform(-1.0, 3.0), TruncatedNormal(0.1, mean=2.0)], ids=repr)
-def test_complex_numbers_have_this_std_around_the_mean(distribution: Distribution) -> None:
+def test_complex_numbers_have_the_std_around_the_mean(distribution: Distribution) -> None:
     count = 1 << 16
     values = draw_full(part(distribution, count), (count,), None, torch.complex64)
     assert values.dtype == torch.complex64
@@ -169,7 +169,7 @@ def test_complex_halves_keep_the_shape() -> None:
         assert stats.kstest(half.numpy() * math.sqrt(2), "norm").pvalue > 1e-6
 
 
-def test_a_complex_constant_is_real() -> None:
+def test_complex_constant_is_real() -> None:
     assert torch.equal(draw_full(part(Constant(2.0), 4), (2, 2), None, torch.complex64), torch.full((2, 2), 2 + 0j))
 
 
@@ -183,20 +183,20 @@ def test_a_complex_constant_is_real() -> None:
         (nn.Bilinear(2, 3, 5), "weight", Matrix(5, 2, (3,))),
     ],
 )
-def test_rows_are_outputs_and_columns_inputs(module: nn.Module, attribute: str, expected: Matrix) -> None:
+def test_matrix_rows_are_outputs_and_columns_inputs(module: nn.Module, attribute: str, expected: Matrix) -> None:
     role = role_of(module, attribute)
     assert role is not None
     assert matrix_of(tuple(module.get_parameter(attribute).shape), role) == expected
 
 
 @pytest.mark.parametrize("shape", [(), (4,)])
-def test_a_vector_is_no_matrix(shape: tuple[int, ...]) -> None:
+def test_matrix_of_refuses_a_vector(shape: tuple[int, ...]) -> None:
     message = rf"^a structured scheme needs a weight of two or more dimensions, got shape {shape}$".replace("(", r"\(")
     with pytest.raises(ValueError, match=message.replace(")", r"\)")):
         matrix_of(shape, GENERIC_ROLE)
 
 
-def test_an_unknown_parameter_is_one_matrix() -> None:
+def test_matrix_of_an_unknown_parameter_is_all_of_it() -> None:
     assert matrix_of((4, 3), GENERIC_ROLE) == Matrix(4, 3)
     assert draw_full(part(Orthogonal(), 12), (4, 3), None, torch.float32).shape == (4, 3)
 
@@ -211,7 +211,7 @@ def test_groups_have_streams_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("values", [Normal(), Uniform(0, 1), Orthogonal()], ids=repr)
-def test_a_canary_knows_its_stream(values: Distribution | Orthogonal) -> None:
+def test_stream_fingerprint_depends_on_the_stream(values: Distribution | Orthogonal) -> None:
     songs = [
         stream_fingerprint(part(values, 100, key=key))
         for key in (Key(0, "w"), Key(1, "w"), Key(0, "v"), Key(0, "w", "q"))
@@ -220,7 +220,7 @@ def test_a_canary_knows_its_stream(values: Distribution | Orthogonal) -> None:
     assert stream_fingerprint(part(values, 7)) == songs[0]  # whatever the size
 
 
-def test_a_canary_knows_its_distribution() -> None:
+def test_stream_fingerprint_depends_on_the_distribution() -> None:
     make: list[Callable[[], Distribution]] = [lambda: Normal(), lambda: Normal(2.0), lambda: Uniform(0, 1)]
     assert len({stream_fingerprint(part(distribution(), 100)) for distribution in make}) == 3
     assert stream_fingerprint(part(Normal(), 100)) == measure(draw_all(Normal(), Key(0, "w"), 16), Normal()).checksum

@@ -12,17 +12,14 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize, plan
-from lightning_init.initialization.rules import Rule
+from lightning_init import Constant, Normal, Rule, SchemeName, initialize, plan
 from lightning_init.initialization.streams import Key, draw_all
 from lightning_init.initialization.verify import is_distributed
-from lightning_init.schemes.distributions import Constant, Normal
-from lightning_init.schemes.named import SchemeName
 from tests.support.models import AllKinds, mlp
 from tests.support.weights import assert_differ, assert_same, weights_of
 
 
-def test_one_line_gives_all_a_model_needs() -> None:
+def test_initialize_in_one_line() -> None:
     model = AllKinds()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,7 +30,7 @@ def test_one_line_gives_all_a_model_needs() -> None:
     report.check()
 
 
-def test_the_seed_decides() -> None:
+def test_seed_decides() -> None:
     one, again, other = (mlp() for _ in range(3))
     initialize(one, seed=2)
     initialize(again, seed=2)
@@ -42,7 +39,7 @@ def test_the_seed_decides() -> None:
     assert_differ(weights_of(other), weights_of(one))
 
 
-def test_what_is_in_the_model_does_not_matter() -> None:
+def test_present_weights_do_not_matter() -> None:
     once, twice = mlp(), mlp()
     initialize(once, seed=2)
     initialize(twice, "orthogonal", seed=1)
@@ -50,7 +47,7 @@ def test_what_is_in_the_model_does_not_matter() -> None:
     assert_same(weights_of(twice), weights_of(once))
 
 
-def test_a_weight_is_what_its_key_draws() -> None:
+def test_weight_is_what_its_key_draws() -> None:
     """Nothing but seed, name and slice: the same layer has the same weights in any other model."""
     model = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.LSTM(3, 5)})
     initialize(model, Normal(0.5), seed=9)
@@ -75,7 +72,7 @@ def test_global_generators_are_neither_used_nor_changed() -> None:
     assert states() == before
 
 
-def test_gradients_modes_and_versions_are_as_they_should_be() -> None:
+def test_gradients_modes_and_tensor_versions_after_initialize() -> None:
     model = mlp()
     model(torch.ones(2, 64)).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
@@ -92,9 +89,9 @@ def test_gradients_modes_and_versions_are_as_they_should_be() -> None:
 
 
 @pytest.mark.parametrize("seed", [1.0, "1", None, True])
-def test_a_seed_is_an_integer(seed: object) -> None:
+def test_seed_is_an_integer(seed: object) -> None:
     with pytest.raises(TypeError, match=r"^seed must be an integer, got"):
-        initialize(nn.Linear(2, 2), seed=seed)  # type: ignore[arg-type]
+        initialize(nn.Linear(2, 2), seed=seed)
 
 
 def test_parameters_on_meta_are_refused_before_anything_is_written() -> None:
@@ -120,7 +117,7 @@ def test_parameters_on_meta_are_refused_before_anything_is_written() -> None:
         lambda model: initialize(model, bias=math.nan),
     ],
 )
-def test_a_request_that_cannot_be_met_writes_nothing(ask: Callable[[nn.Module], object]) -> None:
+def test_request_that_cannot_be_met_writes_nothing(ask: Callable[[nn.Module], object]) -> None:
     model = mlp()
     before = weights_of(model)
     with pytest.raises(ValueError, match=r"he_normal|matches none|only weights have fans|relu|finite"):
@@ -197,7 +194,7 @@ def test_torch_default_is_what_torch_draws(module: str) -> None:
             assert (mine[name] == 0).sum() == (expected == 0).sum(), name  # padding rows
 
 
-def test_a_tenth_more_than_torch_draws_would_be_noticed() -> None:
+def test_torch_default_scaled_by_a_tenth_fails_the_comparison() -> None:
     torch.manual_seed(0)
     for module in ("Linear", "Conv2d grouped", "ConvTranspose2d grouped"):
         weights = {name: values for name, values in torchs(TORCH[module], 12).items() if values.numel() > 10_000}
@@ -207,7 +204,7 @@ def test_a_tenth_more_than_torch_draws_would_be_noticed() -> None:
             assert stats.ks_2samp(1.1 * values.numpy(), again[name].numpy()).pvalue < 1e-6, (module, name)
 
 
-def test_he_keeps_the_variance_through_twenty_relu_layers_and_torch_does_not() -> None:
+def test_he_normal_keeps_the_variance_through_twenty_relu_layers() -> None:
     x = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     ends = {}
     for scheme in ("he_normal", "torch_default", "standard_normal", "xavier_normal", "zeros"):
@@ -222,13 +219,13 @@ def test_he_keeps_the_variance_through_twenty_relu_layers_and_torch_does_not() -
     assert ends["zeros"] == 0
 
 
-def test_alone_in_one_process() -> None:
+def test_process_without_a_group_is_not_distributed() -> None:
     assert not is_distributed()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["orthogonal", "sparse", "zero_init", "he_normal_truncated", "he_uniform"])
-def test_the_users_default_dtype_and_device_change_no_weight(dtype: torch.dtype, scheme: SchemeName) -> None:
+def test_default_dtype_and_device_change_no_weight(dtype: torch.dtype, scheme: SchemeName) -> None:
     plain, other = (nn.Linear(24, 40, device="cpu", dtype=torch.float32) for _ in range(2))
     plain_half, other_half = (nn.Linear(24, 40, dtype=torch.bfloat16) for _ in range(2))
     initialize(plain, scheme)

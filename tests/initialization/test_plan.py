@@ -11,29 +11,27 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.plan import Assignment, make_plan
-from lightning_init.initialization.rules import Request, Rule
-from lightning_init.introspect.roles import register
-from lightning_init.schemes.distributions import Constant, Normal, Scheme, Uniform
-from lightning_init.schemes.named import SCHEMES
+from lightning_init import SCHEMES, Assignment, Constant, Normal, Rule, Scheme, Uniform, initialize, register
+from lightning_init.initialization.plan import make_plan
+from lightning_init.initialization.rules import Request
 from tests.support.models import AllKinds, RowTransformer, mlp
+from tests.support.modules import Unknown
 
 
 def planned(
     model: nn.Module, scheme: str | Scheme = "he_normal", *rules: Rule, **options: object
 ) -> dict[str, Assignment]:
-    steps = make_plan(model, Request.of(scheme, rules, **options))  # type: ignore[arg-type]
+    steps = make_plan(model, Request.of(scheme, rules, **options))
     assert len({assignment.name for assignment in steps}) == len(steps)
     return {assignment.name: assignment for assignment in steps}
 
 
-def test_every_parameter_has_one_assignment_in_order_of_registration() -> None:
+def test_assignments_are_one_per_parameter_in_order_of_registration() -> None:
     model = AllKinds()
     assert list(planned(model)) == [name for name, _ in model.named_parameters()]
 
 
-def test_every_role_gets_its_own() -> None:
+def test_role_defaults_are_assigned() -> None:
     steps = planned(RowTransformer())
     decided = {name: (assignment.decided_by, assignment.scheme) for name, assignment in steps.items()}
     assert decided["rows.weight"] == ("scheme", "he_normal")
@@ -46,7 +44,7 @@ def test_every_role_gets_its_own() -> None:
     assert all(assignment.is_drawn for assignment in steps.values())
 
 
-def test_the_first_rule_wins_and_literal_ones_reach_everything() -> None:
+def test_rules_first_match_wins_and_literal_patterns_reach_every_parameter() -> None:
     steps = planned(
         RowTransformer(),
         "he_normal",
@@ -69,7 +67,7 @@ def test_the_first_rule_wins_and_literal_ones_reach_everything() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["encoder.*", "*"])
-def test_a_rule_for_modules_leaves_biases_and_norms_what_they_are(pattern: str) -> None:
+def test_rule_for_modules_leaves_biases_and_norms_at_their_defaults(pattern: str) -> None:
     steps = planned(RowTransformer(), "he_normal", Rule(pattern, "xavier_uniform"))
     assert steps["encoder.layers.0.linear1.weight"].scheme == "xavier_uniform"
     assert steps["encoder.layers.0.linear1.weight"].decided_by == pattern
@@ -79,14 +77,14 @@ def test_a_rule_for_modules_leaves_biases_and_norms_what_they_are(pattern: str) 
     assert steps["head.weight"].scheme == ("xavier_uniform" if pattern == "*" else "he_normal")
 
 
-def test_torch_default_by_a_module_rule_brings_torchs_biases() -> None:
+def test_torch_default_by_a_module_rule_includes_biases() -> None:
     steps = planned(RowTransformer(), "he_normal", Rule("head.*", "torch_default"))
     assert steps["head.bias"].initializers == (Uniform(-0.25, 0.25),)
     assert steps["rows.bias"].initializers == (Constant(0.0),)
 
 
 @pytest.mark.parametrize("name", ["positions.weight", "head.bias", "encoder.layers.0.norm1.weight"])
-def test_fans_are_asked_of_weights_only(name: str) -> None:
+def test_fans_are_needed_for_weights_only(name: str) -> None:
     kind = {"positions.weight": "embedding", "head.bias": "bias"}.get(name, "norm")
     for scheme in ("xavier_normal", "orthogonal"):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is compared)
@@ -97,14 +95,14 @@ def test_fans_are_asked_of_weights_only(name: str) -> None:
         )
 
 
-def test_a_rule_that_matches_nothing_is_an_error() -> None:
+def test_rule_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"^rule 'encodr\.\*' matches none of the model's 29 parameters; nearest names"
     ):
         planned(RowTransformer(), "he_normal", Rule("encodr.*", "zeros"))
 
 
-def test_the_bias_is_the_users_for_all_biases() -> None:
+def test_bias_argument_applies_to_all_biases() -> None:
     model = nn.ModuleList([nn.Linear(2, 3), nn.LSTM(2, 3), nn.LayerNorm(3)])
     steps = planned(model, "he_normal", bias=0.25)
     assert {steps[name].initializers for name in ("0.bias", "1.bias_hh_l0")} == {
@@ -119,7 +117,7 @@ def test_the_bias_is_the_users_for_all_biases() -> None:
 @pytest.mark.parametrize(
     "model", [nn.LSTM(3, 4, num_layers=2, bidirectional=True), nn.LSTMCell(3, 4)], ids=["LSTM", "Cell"]
 )
-def test_the_forget_gate_starts_open_in_exactly_one_of_two_biases(model: nn.Module) -> None:
+def test_forget_gate_is_open_in_one_of_two_biases(model: nn.Module) -> None:
     initialize(model)
     forget = torch.tensor([0.0] * 4 + [1.0] * 4 + [0.0] * 8)
     for name, bias in model.named_parameters():
@@ -128,7 +126,7 @@ def test_the_forget_gate_starts_open_in_exactly_one_of_two_biases(model: nn.Modu
     assert {assignment.scheme for name, assignment in planned(model).items() if "bias_ih" in name} == {"zeros, f 1"}
 
 
-def test_a_bias_of_zero_asked_for_is_zero_in_the_forget_gate_too() -> None:
+def test_bias_of_zero_applies_to_the_forget_gate() -> None:
     model = nn.LSTM(3, 4)
     initialize(model, bias=0.0)
     assert not model.bias_ih_l0.any()
@@ -138,12 +136,6 @@ def test_a_bias_of_zero_asked_for_is_zero_in_the_forget_gate_too() -> None:
 
 def frozen() -> nn.Module:
     return nn.Linear(2, 3).requires_grad_(False)
-
-
-class Unknown(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.ones(3, 4, dtype=dtype), requires_grad=dtype.is_floating_point)
 
 
 class Kept(Unknown):
@@ -180,14 +172,14 @@ def frozen_length() -> nn.Module:
         (Unknown, "A_log", "module type unknown"),
     ],
 )
-def test_what_is_left_alone_says_why(make: Callable[[], nn.Module], name: str, reason: str) -> None:
+def test_reason_of_what_is_left_alone(make: Callable[[], nn.Module], name: str, reason: str) -> None:
     assignment = planned(make())[name]
     assert not assignment.is_drawn
     assert assignment.reason == reason
     assert (assignment.initializers, assignment.scheme) == ((), "")
 
 
-def test_an_unknown_type_is_told_the_line_to_paste_and_a_literal_rule_serves_it() -> None:
+def test_unknown_type_error_has_a_line_to_paste_and_a_literal_rule_applies() -> None:
     assignment = planned(Unknown())["A_log"]
     assert assignment.advice == "register(Unknown, 'A_log', Fans(fan_in, fan_out))"
     assert planned(Unknown(), "he_normal", Rule("A_log", Normal(0.1)))["A_log"].initializers == (Normal(0.1),)
@@ -195,7 +187,7 @@ def test_an_unknown_type_is_told_the_line_to_paste_and_a_literal_rule_serves_it(
         assert planned(Unknown(), "he_normal", rule)["A_log"].reason == "module type unknown"
 
 
-def test_keeping_one_part_of_a_weight_keeps_it_all() -> None:
+def test_keep_of_one_original_keeps_the_parametrized_weight() -> None:
     layer = parametrizations.weight_norm(nn.Linear(2, 3, bias=False))
     for part in ("original0", "original1"):
         steps = planned(layer, "he_normal", Rule(f"*.{part}", "keep"))
@@ -217,7 +209,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("head_first", [True, False])
-def test_tied_weights_are_drawn_once_by_name_and_not_by_order(head_first: bool) -> None:
+def test_tied_weights_are_drawn_once_whatever_the_order(head_first: bool) -> None:
     steps = planned(Tied(head_first))
     assert steps["b_table.weight"].reason == "tied to a_head.weight"
     assert (steps["a_head.weight"].decided_by, steps["a_head.weight"].initializers) == (
@@ -234,18 +226,18 @@ def test_tied_weights_are_drawn_once_by_name_and_not_by_order(head_first: bool) 
 
 
 @pytest.mark.parametrize("named", ["a_head.weight", "b_table.weight"])
-def test_a_rule_on_either_name_of_a_tied_weight_counts(named: str) -> None:
+def test_tied_weights_obey_a_rule_on_either_name(named: str) -> None:
     steps = planned(Tied(True), "he_normal", Rule(named, "lecun_normal"))
     assert (steps["a_head.weight"].decided_by, steps["a_head.weight"].initializers) == (named, (Normal(16**-0.5),))
     kept = planned(Tied(True), "zeros", Rule(named, "keep"))
     assert {kept[name].reason for name in ("a_head.weight", "b_table.weight")} == {"kept by rule"}
 
 
-def test_torchs_own_draw_of_a_tied_head_is_the_heads() -> None:
+def test_tied_weights_with_torch_default_are_drawn_as_the_head() -> None:
     assert planned(Tied(True), "torch_default")["a_head.weight"].initializers == (Uniform(-0.25, 0.25),)
 
 
-def test_a_module_used_twice_is_drawn_once() -> None:
+def test_shared_module_is_drawn_once() -> None:
     layer = nn.Linear(3, 3)
     steps = planned(nn.ModuleDict({"b": layer, "a": nn.Sequential(layer)}))
     assert steps["b.weight"].reason == "tied to a.0.weight"
@@ -253,7 +245,7 @@ def test_a_module_used_twice_is_drawn_once() -> None:
     assert steps["a.0.weight"].is_drawn
 
 
-def test_layers_that_torch_cloned_become_different() -> None:
+def test_cloned_layers_get_different_weights() -> None:
     model = RowTransformer()
     first, second = (layer.linear1.weight for layer in model.encoder.layers)
     assert torch.equal(first, second)
@@ -262,21 +254,21 @@ def test_layers_that_torch_cloned_become_different() -> None:
 
 
 @pytest.mark.parametrize("scheme", [name for name in SCHEMES if name != "torch_default"])
-def test_values_are_known_before_anything_is_drawn(scheme: str) -> None:
+def test_initializers_are_known_before_drawing(scheme: str) -> None:
     for assignment in planned(mlp(), scheme).values():
         assert len(assignment.initializers) == len(assignment.slices)
         if assignment.role and assignment.role.kind == "bias":
             assert assignment.initializers == (Constant(0.0),)
 
 
-def test_the_activation_is_the_gain_of_weights() -> None:
+def test_activation_sets_the_gain_of_weights() -> None:
     steps = planned(mlp(), "lecun_normal", activation="relu")
     assert steps["0.weight"].gain == pytest.approx(2**0.5, rel=1e-6)
     assert isinstance(steps["0.weight"].initializers[0], Normal)
     assert steps["0.weight"].initializers[0].std == pytest.approx((2 / 64) ** 0.5, rel=1e-6)
 
 
-def test_a_scheme_of_no_kind_is_refused() -> None:
+def test_scheme_of_unknown_type_is_refused() -> None:
     class Odd(Scheme):
         def __repr__(self) -> str:
             return "Odd()"
@@ -286,12 +278,12 @@ def test_a_scheme_of_no_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize("given", [None, [], "model"], ids=repr)
-def test_what_is_no_model(given: object) -> None:
+def test_plan_refuses_what_is_no_model(given: object) -> None:
     with pytest.raises(TypeError, match=r"^expected an nn.Module, got .* of type (NoneType|list|str)$"):
-        make_plan(given, Request.of("zeros"))  # type: ignore[arg-type]
+        make_plan(given, Request.of("zeros"))
 
 
-def test_a_plan_touches_nothing() -> None:
+def test_plan_changes_nothing() -> None:
     model = nn.Sequential(AllKinds(), parametrizations.spectral_norm(nn.Linear(3, 4)), Unknown())
 
     def state() -> list[object]:

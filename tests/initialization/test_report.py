@@ -14,18 +14,10 @@ from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.report import LINES, Entry, InitReport
-from lightning_init.initialization.rules import Rule
-from lightning_init.schemes.distributions import Constant, Normal, TruncatedNormal, Uniform
-from lightning_init.schemes.named import SCHEMES
+from lightning_init import SCHEMES, Constant, InitReport, Normal, Rule, TruncatedNormal, Uniform, initialize
+from lightning_init.initialization.report import LINES, Entry
 from tests.support.models import AllKinds, RowTransformer, mlp
-
-
-class Unknown(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.ones(3, 4))
+from tests.support.modules import Unknown
 
 
 def motley() -> nn.Module:
@@ -52,7 +44,7 @@ def report() -> InitReport:
     return initialize(motley(), "he_normal", rules=[Rule("rows.*", "keep")], seed=4)
 
 
-def test_every_parameter_is_in_it_exactly_once(report: InitReport) -> None:
+def test_report_has_every_parameter_exactly_once(report: InitReport) -> None:
     names = [name for name, _ in motley().named_parameters(remove_duplicate=False)]
     assert [entry.name for entry in report.entries] == names
     assert {*report.drawn, *report.left_alone} == set(report.entries)
@@ -67,7 +59,7 @@ def test_every_parameter_is_in_it_exactly_once(report: InitReport) -> None:
         assert (entry.scheme, entry.target_std, entry.measured_std, entry.gain) == ("", None, None, None)
 
 
-def test_it_says_what_was_measured() -> None:
+def test_report_has_the_measured_numbers() -> None:
     model = nn.Sequential(nn.Linear(50, 40), nn.Embedding(30, 8), nn.LSTM(8, 9))
     report = initialize(model, "he_normal", seed=4)
     weight = report["0.weight"]
@@ -80,7 +72,7 @@ def test_it_says_what_was_measured() -> None:
     assert report["2.bias_ih_l0"].measured_std == 0  # around what each gate is given
 
 
-def test_a_parameter_is_found_by_its_name(report: InitReport) -> None:
+def test_report_is_indexed_by_parameter_name(report: InitReport) -> None:
     assert report["unknown.A_log"].advice == "register(Unknown, 'A_log', Fans(fan_in, fan_out))"
     with pytest.raises(KeyError, match=r"unknown\.A"):
         report["unknown.A"]
@@ -90,8 +82,9 @@ WITHOUT_ALIASES = list({scheme: name for name, scheme in reversed(SCHEMES.items(
 NOT_CONSTANT = [name for name in WITHOUT_ALIASES if name not in ("zeros", "ones")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", WITHOUT_ALIASES)
-def test_good_draws_pass(scheme: str) -> None:
+def test_verdict_on_good_draws_is_a_pass(scheme: str) -> None:
     """Within five standard errors are all but one in two million draws of large parameters; small ones are wider."""
     layers = [
         nn.Linear(1, 1),
@@ -108,7 +101,7 @@ def test_good_draws_pass(scheme: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scheme", WITHOUT_ALIASES)
-def test_rounding_is_no_error(scheme: str, dtype: torch.dtype) -> None:
+def test_verdict_allows_rounding(scheme: str, dtype: torch.dtype) -> None:
     model = nn.ModuleList([nn.Linear(5, 9), nn.Linear(48, 64), nn.Conv2d(8, 6, 3, groups=2), nn.LSTM(4, 8)]).to(dtype)
     for seed in range(5):
         initialize(model, scheme, seed=seed, rules=[Rule("0.bias", Constant(1 / 3))]).check()
@@ -117,19 +110,19 @@ def test_rounding_is_no_error(scheme: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "scheme", [Normal(1e-3, mean=1.0), Uniform(0.9, 1.1), TruncatedNormal(0.02, mean=-3.0)], ids=repr
 )
-def test_rounding_around_a_mean_is_no_error(scheme: Normal) -> None:
+def test_verdict_allows_rounding_around_a_mean(scheme: Normal) -> None:
     model = nn.Linear(200, 100).bfloat16()
     initialize(model, scheme).check()
 
 
 def tampered(report: InitReport, name: str, **changes: object) -> InitReport:
-    entries = [dataclasses.replace(entry, **changes) if entry.name == name else entry for entry in report.entries]  # type: ignore[arg-type]
+    entries = [dataclasses.replace(entry, **changes) if entry.name == name else entry for entry in report.entries]
     return dataclasses.replace(report, entries=tuple(entries))
 
 
 @pytest.mark.parametrize("scheme", NOT_CONSTANT)
 @pytest.mark.parametrize("factor", [0.9, 1.1])
-def test_a_wrong_std_does_not_pass(scheme: str, factor: float) -> None:
+def test_verdict_on_a_wrong_std_is_a_failure(scheme: str, factor: float) -> None:
     report = initialize(nn.Sequential(nn.Conv2d(64, 96, 3)), scheme, seed=1)  # 55296 weights
     report.check()
     measured = report["0.weight"].measured_std
@@ -144,20 +137,20 @@ def test_a_wrong_std_does_not_pass(scheme: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0])
-def test_no_number_does_not_pass(wrong: float) -> None:
+def test_verdict_on_nan_is_a_failure(wrong: float) -> None:
     report = tampered(initialize(nn.Linear(50, 50)), "weight", measured_std=wrong)
     with pytest.raises(ValueError, match=r"differ beyond sampling error:\n  weight: measured (nan|inf|0),"):
         report.check()
     assert json.loads(report.to_json())["entries"][0]["measured_std"] in (None, 0.0)
 
 
-def test_a_wrong_constant_does_not_pass() -> None:
+def test_verdict_on_a_wrong_constant_is_a_failure() -> None:
     report = initialize(nn.Linear(5, 5), "ones")
     with pytest.raises(ValueError, match=r"weight: measured 0\.001, target 0"):
         tampered(report, "weight", measured_std=1e-3).check()
 
 
-def test_weights_that_overflow_do_not_pass() -> None:
+def test_verdict_on_overflow_is_a_failure() -> None:
     report = initialize(nn.Linear(5, 5).half(), Normal(1e6))
     with pytest.raises(ValueError, match="weight: measured inf, target 1e"):
         report.check()
@@ -171,7 +164,7 @@ def test_sampling_error_shrinks_with_the_number_of_elements() -> None:
     assert large.tolerance / large.target_std == pytest.approx(5 / math.sqrt(2 * 512**2), rel=0.02)
 
 
-def test_the_target_of_several_slices_is_their_root_mean_square() -> None:
+def test_target_of_several_chunks_is_their_root_mean_square() -> None:
     report = initialize(nn.MultiheadAttention(12, 2, bias=False), "he_normal")
     assert report["in_proj_weight"].target_std == pytest.approx(math.sqrt(2 / 12))
 
@@ -191,7 +184,7 @@ def many_types() -> nn.Module:
 
 
 @pytest.mark.parametrize("make", [motley, many_types, mlp, RowTransformer, lambda: nn.ReLU()])
-def test_ten_rows_at_most_on_the_console(make: Callable[[], nn.Module]) -> None:
+def test_console_table_has_ten_rows_at_most(make: Callable[[], nn.Module]) -> None:
     report = initialize(make(), "he_normal")
     rows = rows_of(str(report))
     assert len(rows) <= LINES == 10
@@ -204,7 +197,7 @@ def count_in(row: str) -> int:
     return int(cells[1] if "more groups" in row else cells[2])
 
 
-def test_what_is_left_alone_is_among_the_ten_rows() -> None:
+def test_console_table_includes_what_is_left_alone() -> None:
     text = str(initialize(many_types()))
     assert "… 6 more groups" in text
     assert rows_of(text)[0].split("  ")[0].strip() == "Unknown"
@@ -212,17 +205,17 @@ def test_what_is_left_alone_is_among_the_ten_rows() -> None:
     assert "To draw what is unknown: register(Unknown, 'A_log', Fans(fan_in, fan_out))" in text
 
 
-def test_many_parts_of_parametrized_weights_are_one_row() -> None:
+def test_console_table_groups_originals_of_parametrized_weights() -> None:
     model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(12)))
     assert sum("written together" in row for row in rows_of(str(initialize(model)))) == 1
 
 
-def test_a_pattern_with_brackets_is_printed_as_it_is() -> None:
+def test_console_table_prints_brackets_of_patterns() -> None:
     model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     assert "([ab].weight)" in str(initialize(model, rules=[Rule("[ab].weight", "zeros")]))
 
 
-def test_it_fits_eighty_columns(report: InitReport) -> None:
+def test_console_table_fits_eighty_columns(report: InitReport) -> None:
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
         console.print(report)
@@ -233,11 +226,11 @@ def test_it_fits_eighty_columns(report: InitReport) -> None:
     assert header.split() == ["module", "drawn", "from", "count", "gain", "target", "std", "measured", "std"]
 
 
-def test_the_title_counts(report: InitReport) -> None:
+def test_title_has_the_number_of_parameters(report: InitReport) -> None:
     assert report.title == f"he_normal, seed 4: {len(report.drawn)} of {len(report.entries)} parameters drawn"
 
 
-def test_there_and_back_through_json(report: InitReport) -> None:
+def test_json_round_trip_of_a_report(report: InitReport) -> None:
     there = json.loads(report.to_json())
     assert there == report.to_dict()
     assert (there["scheme"], there["seed"]) == ("he_normal", 4)
@@ -261,7 +254,7 @@ def test_there_and_back_through_json(report: InitReport) -> None:
     assert table["fans"] == {"fan_in": 1.0, "fan_out": None}  # a lookup has no gradient to hand on
 
 
-def test_the_markdown_table_has_every_parameter(report: InitReport) -> None:
+def test_markdown_table_has_every_parameter(report: InitReport) -> None:
     title, blank, header, rule, *rows = report.to_markdown().splitlines()
     assert title == f"**{report.title}**"
     assert blank == ""

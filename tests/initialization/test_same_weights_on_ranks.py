@@ -57,7 +57,7 @@ def start_with(strategy: str, build: Any = AllKinds, **options: Any) -> Weights:
         model = TensorParallelModule(build)
         trainer = partial(make_fsdp2_trainer, tensor_parallel_size=2)
         weights = weights_at_start(model, callback, trainer, **options)
-        placements = model.network[0].weight.placements  # type: ignore[index]
+        placements = model.network[0].weight.placements
         assert len(placements) == 2, placements
         assert not any(isinstance(p, Replicate) for p in placements), placements
         return weights
@@ -78,7 +78,7 @@ def initialized(network: nn.Module) -> Weights:
     return weights_of(network)
 
 
-def test_every_weight_matrix_is_drawn(expected: Weights) -> None:
+def test_weight_matrices_are_all_drawn(expected: Weights) -> None:
     torch.manual_seed(0)
     assert_differ(weights_of(AllKinds()), expected)
     assert sum(weight.ndim >= 2 for weight in expected.values()) > 20
@@ -89,13 +89,13 @@ def test_every_weight_matrix_is_drawn(expected: Weights) -> None:
     [("single", 1), ("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("fsdp2", 4), ("fsdp2 meta", 2)],
 )
 @pytest.mark.filterwarnings("ignore:Parameter initialization incomplete:UserWarning")  # attention on meta: Lightning
-def test_any_number_of_ranks(strategy: str, world_size: int, expected: Weights) -> None:
+def test_same_weights_on_any_number_of_ranks(strategy: str, world_size: int, expected: Weights) -> None:
     for weights in run_ranks(start_with, world_size, strategy):
         assert_same(weights, expected)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
-def test_a_mesh_of_two_dimensions() -> None:
+def test_same_weights_on_a_mesh_of_two_dimensions() -> None:
     expected = initialized(wide_mlp())
     for weights in run_ranks(start_with, 4, "tensor parallel", wide_mlp):
         assert_same(weights, expected)
@@ -114,7 +114,7 @@ def fsdp1_weights() -> Weights:
     return dict(zip(names, weights.values(), strict=True))
 
 
-def test_fsdp1(expected: Weights) -> None:
+def test_fsdp1_has_the_same_weights(expected: Weights) -> None:
     for weights in run_ranks(fsdp1_weights, 2):
         assert_same(weights, expected)
 
@@ -137,7 +137,7 @@ def placed(shape: tuple[int, int], dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 3), (777, 1011)], ids=str)
-def test_any_dimension_may_be_sharded_unevenly(shape: tuple[int, int], dim: int) -> None:
+def test_same_weights_for_uneven_shards_of_any_dimension(shape: tuple[int, int], dim: int) -> None:
     layer = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     initialize(layer, "he_normal", seed=SEED)
     for weight in run_ranks(placed, 2, shape, dim):
@@ -153,24 +153,24 @@ def blocks_drawn(dim: int) -> list[int]:
             drawn.append(block.number)
         return draw(block, *args)
 
-    Block.draw = counted  # type: ignore[method-assign]
+    Block.draw = counted
     placed((4 * BLOCK // 64, 64), dim)
     return sorted(drawn)
 
 
-def test_a_rank_draws_the_blocks_of_its_rows_only() -> None:
+def test_blocks_drawn_by_a_rank_are_those_of_its_rows() -> None:
     assert run_ranks(blocks_drawn, 2, 0) == [[0, 1], [2, 3]]
     assert run_ranks(blocks_drawn, 3, 0) == [[0, 1], [1, 2], [2, 3]]
     assert run_ranks(blocks_drawn, 2, 1) == [[0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-def test_the_order_of_registration_does_not_matter(expected: Weights) -> None:
+def test_registration_order_does_not_matter(expected: Weights) -> None:
     assert_same(start_with("single", partial(AllKinds, reverse=True)), expected)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("scheme", ["he_normal", "truncated_normal", "orthogonal"])
-def test_the_number_of_threads_does_not_matter(threads: int, scheme: str) -> None:
+def test_thread_number_does_not_matter(threads: int, scheme: str) -> None:
     (weights,) = run_ranks(weights_on_threads, 1, scheme, threads=threads)
     assert_same(weights, weights_on_threads(scheme))
 
@@ -182,15 +182,15 @@ def weights_on_threads(scheme: str) -> Weights:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo itself
-def test_a_compiled_model_has_the_same_weights(expected: Weights) -> None:
-    compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[arg-type,return-value]
+def test_compiled_model_has_the_same_weights(expected: Weights) -> None:
+    compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[return-value]
     weights = weights_at_start(compiled, InitCallback(seed=SEED), make_trainer)
     assert all(name.startswith("_orig_mod.") for name in weights)
     assert_same({name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}, expected)
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("single", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_bf16_holds_the_rounded_values(strategy: str, world_size: int, expected: Weights) -> None:
+def test_bfloat16_weights_are_the_rounded_ones(strategy: str, world_size: int, expected: Weights) -> None:
     rounded = {name: weight.bfloat16() for name, weight in expected.items()}
     for weights in run_ranks(start_with, world_size, strategy, precision="bf16-true"):
         assert_same(weights, rounded)
@@ -200,7 +200,7 @@ def late_weights() -> Weights:
     return weights_at_start(LateModule(AllKinds), InitCallback(seed=SEED), make_ddp_trainer)
 
 
-def test_layers_made_in_configure_model_are_initialized(expected: Weights) -> None:
+def test_configure_model_layers_are_initialized(expected: Weights) -> None:
     for weights in run_ranks(late_weights, 2):
         assert_same(weights, expected)
 
@@ -212,13 +212,13 @@ def seeded_by(seed: int | None) -> Weights:
     return weights_at_start(DigitsModule(mlp), InitCallback(), make_ddp_trainer)
 
 
-def test_the_seed_is_that_of_seed_everything() -> None:
+def test_seed_of_seed_everything_is_used() -> None:
     on_0, on_1 = run_ranks(seeded_by, 2, SEED)
     assert_same(on_0, initialized(mlp()))
     assert_same(on_1, on_0)
 
 
-def test_without_a_seed_the_ranks_agree_on_one_and_runs_differ() -> None:
+def test_seed_is_agreed_on_by_ranks_and_differs_between_runs() -> None:
     on_0, on_1 = run_ranks(seeded_by, 2, None)
     assert_same(on_1, on_0)
     again, _ = run_ranks(seeded_by, 2, None)
@@ -244,7 +244,7 @@ def generator_before_and_after(strategy: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_torchs_own_generator_is_not_touched(strategy: str) -> None:
+def test_global_generator_is_not_changed(strategy: str) -> None:
     for before, after in run_ranks(generator_before_and_after, 2, strategy):
         assert torch.equal(before, after)
 
@@ -258,7 +258,7 @@ def differ_in(name: str, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_ranks_that_differ_are_told_the_first_parameter(strategy: str) -> None:
+def test_ranks_that_differ_raise_with_the_first_parameter(strategy: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=r"network\.2\.weight"):
         run_ranks(differ_in, 2, "network.2.weight", strategy)
 

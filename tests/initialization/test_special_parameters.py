@@ -43,7 +43,7 @@ def parametrized(assignment: nn.Module) -> nn.Module:
 def old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*weight_norm.*", FutureWarning)
-        norm: nn.Module = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))  # type: ignore[arg-type]
+        norm: nn.Module = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
         return norm
 
 
@@ -96,7 +96,7 @@ class LooksAtStart(Callback):
         assert isinstance(network, Special)
         network.eval()
         network(digits()[0][:4])  # hooks compute by now what they compute
-        self.used = {name: layer.weight.detach().clone() for name, layer in network.layers.items()}  # type: ignore[operator,union-attr]
+        self.used = {name: layer.weight.detach().clone() for name, layer in network.layers.items()}
         self.used["words"] = network.words.weight.detach().clone()
         self.used["head"] = network.head.weight.detach().clone()
         for i, layer in enumerate(network.encoder.layers):
@@ -124,7 +124,7 @@ class Fitted:
         """What the scheme draws for a layer of this name and shape without anything special."""
         plain = nn.ModuleDict({"layers": nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH)})})
         initialize(nn.ModuleDict({"network": plain}), "he_normal", seed=5)
-        return plain["layers"][name].weight.detach()  # type: ignore[index,no-any-return]
+        return plain["layers"][name].weight.detach()
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +135,12 @@ def fitted() -> Fitted:
         return Fitted()
 
 
-def test_every_part_of_every_weight_is_in_the_report_once(fitted: Fitted) -> None:
+def test_report_has_every_original_of_every_weight_once(fitted: Fitted) -> None:
     assert [entry.name for entry in fitted.report.entries] == fitted.names
     fitted.report.check()
 
 
-def test_what_is_left_alone_says_why(fitted: Fitted) -> None:
+def test_reason_of_special_parameters_left_alone(fitted: Fitted) -> None:
     reasons = {entry.name.removeprefix("network."): entry.reason for entry in fitted.report.left_alone}
     assert reasons == {
         "layers.squared.parametrizations.weight.original": "parametrized: Squared has no right_inverse",
@@ -173,7 +173,7 @@ def test_spectral_norms_know_the_new_weights_before_the_first_step(fitted: Fitte
 
 
 @pytest.mark.parametrize("name", ["pruned", "old_spectral_norm", "old_weight_norm"])
-def test_attributes_that_hooks_compute_are_right_before_the_next_forward_pass(name: str) -> None:
+def test_hook_computed_attributes_are_updated_at_once(name: str) -> None:
     layer: Any = LAYERS[name]()
     initialize(layer)
     now = layer.weight.detach().clone()
@@ -182,23 +182,23 @@ def test_attributes_that_hooks_compute_are_right_before_the_next_forward_pass(na
     torch.testing.assert_close(now, layer.weight.detach())
 
 
-def test_modes_stay_what_they_were() -> None:
+def test_training_modes_are_kept() -> None:
     layer: Any = LAYERS["spectral_norm"]().eval()
     initialize(layer)
     assert not any(module.training for module in layer.modules())
 
 
-def test_an_orthogonal_weight_is_another_orthogonal_one(fitted: Fitted) -> None:
+def test_orthogonal_parametrization_gets_another_orthogonal_weight(fitted: Fitted) -> None:
     used = fitted.used["orthogonal"]
     torch.testing.assert_close(used @ used.T, torch.eye(WIDTH), rtol=0, atol=1e-5)
     assert (used - fitted.fresh["orthogonal"]).abs().max() > 0.1
 
 
-def test_what_cannot_be_written_keeps_its_values(fitted: Fitted) -> None:
+def test_unwritable_parameters_keep_their_values(fitted: Fitted) -> None:
     assert torch.equal(fitted.used["squared"], fitted.fresh["squared"])
 
 
-def test_a_tied_table_is_drawn_once_for_the_head_with_its_padding_row_zero(fitted: Fitted) -> None:
+def test_tied_table_is_drawn_once_for_the_head_with_its_padding_row_zero(fitted: Fitted) -> None:
     words = fitted.used["words"]
     assert torch.equal(words, fitted.used["head"])
     assert (words[0] == 0).all()
@@ -207,13 +207,13 @@ def test_a_tied_table_is_drawn_once_for_the_head_with_its_padding_row_zero(fitte
     assert fitted.report["network.head.weight"].decided_by == "tied head"
 
 
-def test_the_layers_that_torch_copied_become_different(fitted: Fitted) -> None:
+def test_copied_layers_get_different_weights(fitted: Fitted) -> None:
     first, second, third = (fitted.used[f"encoder {i}"] for i in range(3))
     for one, other in ((first, second), (second, third), (first, third)):
         assert (one != other).all()
 
 
-def test_the_optimizer_trains_them(fitted: Fitted) -> None:
+def test_special_parameters_are_trained_by_the_optimizer(fitted: Fitted) -> None:
     """All of them have moved since the start, so the optimizer held the very tensors that were written."""
     network: Any = fitted.model.network
     for name, layer in network.layers.items():
@@ -246,7 +246,7 @@ def test_lazy_parameters_are_named_until_a_batch_gave_them_a_shape() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
-def test_a_lazy_model_that_has_seen_a_batch_is_fresh() -> None:
+def test_lazy_model_that_has_seen_a_batch_is_fresh() -> None:
     """Batch norm has counted the batch; that is no training."""
     model = DigitsModule(LazyNet, num_samples=64)
     model(digits()[0][:8])

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from lightning_init import Distribution, Normal, TruncatedNormal, Uniform
 from lightning_init.initialization.streams import BLOCK, Key, blocks, draw_all, one_thread_each, run_on_all_cores
-from lightning_init.schemes.distributions import Distribution, Normal, TruncatedNormal, Uniform
 
 KEY = Key(0, "net.0.weight")
 LONG = 2 * BLOCK + 1001
@@ -41,7 +41,7 @@ def raw_words(key: Key, block: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("key", [KEY, Key(-(2**70), "ä.\"b'", "q/3")], ids=["plain", "strange"])
-def test_the_state_is_a_mersenne_twister_of_the_keys_words(key: Key) -> None:
+def test_generator_state_is_a_mersenne_twister_of_the_keys_words(key: Key) -> None:
     """NumPy's generator with these words in its state gives what torch's gives: the layout is understood."""
     numpy_generator = np.random.RandomState()
     numpy_generator.set_state(("MT19937", raw_words(key, 5), 624))
@@ -50,7 +50,7 @@ def test_the_state_is_a_mersenne_twister_of_the_keys_words(key: Key) -> None:
     assert np.array_equal(torch.rand(2000, generator=key.generator(5)).numpy(), expected)
 
 
-def test_all_words_of_the_state_are_filled() -> None:
+def test_generator_state_fills_all_words() -> None:
     state = KEY.generator().get_state()
     words = state[24 : 24 + 624 * 8].view(torch.int64).numpy()
     assert np.array_equal(words, raw_words(KEY, 0).astype(np.int64))
@@ -59,14 +59,14 @@ def test_all_words_of_the_state_are_filled() -> None:
     assert KEY.generator().get_state().numel() == fresh.numel() == 5056
 
 
-def test_every_part_of_the_key_makes_another_stream() -> None:
+def test_key_fields_each_make_another_stream() -> None:
     parts = itertools.product((0, 1, 2**32, -1), ("a", "a.b", "0"), ("", "b", "0/1"), (0, 1, 2**32))
     keys = [(Key(seed, name, part), block) for seed, name, part, block in parts]
     starts = {tuple(torch.rand(4, generator=key.generator(block)).tolist()) for key, block in keys}
     assert len(starts) == len(keys) == 108
 
 
-def test_torchs_own_seeding_would_repeat_itself() -> None:
+def test_torch_seeding_repeats_itself() -> None:
     """Why the state is filled by hand."""
     low, high = (torch.rand(4, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7 + 2**32))
     assert torch.equal(low, high)
@@ -74,7 +74,7 @@ def test_torchs_own_seeding_would_repeat_itself() -> None:
     assert not torch.equal(low, high)
 
 
-def test_where_one_part_ends_and_the_next_begins_matters() -> None:
+def test_key_fields_are_kept_apart() -> None:
     neighbours = [Key(1, "2", "3"), Key(12, "", "3"), Key(1, "23", ""), Key(1, '2", "3', ""), Key(1, "", "23")]
     assert len({tuple(torch.rand(4, generator=key.generator()).tolist()) for key in neighbours}) == len(neighbours)
 
@@ -107,12 +107,12 @@ def test_blocks_cover_a_range_without_gaps(start: int, length: int) -> None:
     assert all(0 < len(block) <= BLOCK for block in cut)
 
 
-def test_the_size_of_a_block_is_part_of_the_contract() -> None:
+def test_block_size_is_fixed() -> None:
     assert BLOCK == 2**18
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
-def test_any_order_of_blocks_gives_the_same(distribution: Distribution) -> None:
+def test_block_order_does_not_matter(distribution: Distribution) -> None:
     expected = draw_all(distribution, KEY, LONG)
     out = torch.full((LONG,), math.nan)
     for block in reversed(list(blocks(0, LONG))):
@@ -122,19 +122,19 @@ def test_any_order_of_blocks_gives_the_same(distribution: Distribution) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
-def test_any_number_of_threads_gives_the_same(distribution: Distribution, threads: int) -> None:
+def test_thread_number_does_not_matter(distribution: Distribution, threads: int) -> None:
     expected = draw_all(distribution, KEY, LONG)
     torch.set_num_threads(threads)
     assert torch.equal(draw_all(distribution, KEY, LONG), expected)
     out = torch.full((LONG,), math.nan)
-    jobs = [lambda b=block: b.draw(distribution, KEY, out[b.start : b.stop]) for block in blocks(0, LONG)]  # type: ignore[misc]
+    jobs = [lambda b=block: b.draw(distribution, KEY, out[b.start : b.stop]) for block in blocks(0, LONG)]
     run_on_all_cores(jobs)
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("offset", [1, 3, 17])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
-def test_the_place_in_memory_does_not_matter(distribution: Distribution, offset: int) -> None:
+def test_memory_alignment_does_not_matter(distribution: Distribution, offset: int) -> None:
     (block,) = blocks(0, 1000)
     memory = torch.zeros(1000 + offset)
     block.draw(distribution, KEY, memory[offset:])
@@ -153,7 +153,7 @@ def test_global_generators_are_neither_used_nor_changed() -> None:
     assert torch.equal(draw_all(TruncatedNormal(), KEY, 1000), first)
 
 
-def test_one_thread_each_puts_the_number_back() -> None:
+def test_one_thread_each_restores_the_thread_number() -> None:
     torch.set_num_threads(3)
     with one_thread_each() as threads:
         assert (threads, torch.get_num_threads()) == (3, 1)
@@ -166,13 +166,13 @@ def test_one_thread_each_puts_the_number_back() -> None:
 
 def in_a_new_thread(ask: object) -> object:
     answers: list[object] = []
-    thread = threading.Thread(target=lambda: answers.append(ask()))  # type: ignore[operator]
+    thread = threading.Thread(target=lambda: answers.append(ask()))
     thread.start()
     thread.join()
     return answers[0]
 
 
-def test_jobs_run_side_by_side_single_threaded_and_come_back_in_order() -> None:
+def test_jobs_run_in_parallel_single_threaded_and_return_in_order() -> None:
     torch.set_num_threads(2)
     both = threading.Barrier(2)
 
@@ -180,19 +180,19 @@ def test_jobs_run_side_by_side_single_threaded_and_come_back_in_order() -> None:
         both.wait(timeout=60)  # passes only if two jobs are at work at the same time
         return number, torch.get_num_threads()
 
-    assert run_on_all_cores([lambda n=n: job(n) for n in range(6)]) == [(n, 1) for n in range(6)]  # type: ignore[misc]
+    assert run_on_all_cores([lambda n=n: job(n) for n in range(6)]) == [(n, 1) for n in range(6)]
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_job_that_raises_puts_the_number_of_threads_back(threads: int) -> None:
+def test_jobs_that_raise_restore_the_thread_number(threads: int) -> None:
     torch.set_num_threads(threads)
     with pytest.raises(ZeroDivisionError):
         run_on_all_cores([lambda: 1 / 0, lambda: 1.0])
     assert torch.get_num_threads() == threads
 
 
-def test_on_one_thread_jobs_run_here() -> None:
+def test_jobs_on_one_thread_run_in_the_calling_thread() -> None:
     torch.set_num_threads(1)
     assert run_on_all_cores([threading.get_ident, threading.get_ident]) == [threading.get_ident()] * 2
     assert run_on_all_cores([]) == []
@@ -214,7 +214,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_weights_of_seed_0_stay_what_they_are(name: str) -> None:
+def test_weights_of_seed_0_are_pinned(name: str) -> None:
     distribution, written = GOLDEN[name]
     expected = torch.tensor([float.fromhex(number) for number in written.split()])
     if "below" in name:  # torch draws fewer than 16 normal values one by one

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +18,9 @@ from lightning_init.initialization.training_signs import signs_of_training
 from lightning_init.introspect import roles
 from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
 from tests.support.models import DigitsModule, RowLSTM, conv_net, digits, mlp
-from tests.support.trainers import make_trainer
-from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+from tests.support.modules import Pretrained, loaded
+from tests.support.training import fresh, trained, weights_at_start
+from tests.support.weights import assert_differ, assert_same, weights_of
 
 SEEDS = 10
 
@@ -29,45 +29,27 @@ def signs(model: nn.Module, *rules: Rule) -> list[str]:
     return signs_of_training(plan(model, rules=rules), model)
 
 
-def fresh(build: Build, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return build()
-
-
-def trained(
-    model: nn.Module, steps: int, make_optimizer: Callable[..., torch.optim.Optimizer] | None = None
-) -> nn.Module:
-    """Real steps on real digits, 32 a batch; AdamW with a learning rate of 1e-3 unless said otherwise."""
-    optimizer = (make_optimizer or partial(torch.optim.AdamW, lr=1e-3))(model.parameters())
-    pixels, classes = digits()
-    for assignment in range(steps):
-        batch = slice(32 * assignment % 1600, 32 * assignment % 1600 + 32)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(pixels[batch]), classes[batch]).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return model
-
-
 @pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])
-def test_fresh_models_give_no_sign(kind: str) -> None:
+def test_signs_of_fresh_models_are_none(kind: str) -> None:
     build = {**KINDS, **UNDECIDED}[kind]
     for seed in range(SEEDS):
         assert signs(fresh(build, seed)) == [], f"seed {seed}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_step_of_adamw_is_recognised(kind: str) -> None:
+def test_signs_after_one_step_of_adamw(kind: str) -> None:
     for seed in range(SEEDS):
         assert signs(trained(fresh(KINDS[kind], seed), 1)), f"seed {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_longer_training_is_recognised(kind: str) -> None:
+def test_signs_after_a_longer_training(kind: str) -> None:
     for steps in (20, 200):
         assert signs(trained(fresh(KINDS[kind]), steps)), f"after {steps} steps"
 
 
-def test_without_biases_training_shows_in_the_input_columns() -> None:
+def test_signs_without_biases_are_in_the_input_columns() -> None:
     """The values left the interval long ago; any draw could look like this, but not with such columns."""
     (sign, *_) = signs(trained(fresh(without_biases), 500))
     assert re.fullmatch(r"0\.weight: its input columns differ in size by more than chance", sign)
@@ -78,18 +60,18 @@ BY_SGD = [kind for kind in KINDS if kind not in ("lstm", "tied head", "decoder",
 
 
 @pytest.mark.parametrize("kind", BY_SGD)
-def test_one_step_of_sgd_is_recognised(kind: str) -> None:
+def test_signs_after_one_step_of_sgd(kind: str) -> None:
     assert signs(trained(fresh(KINDS[kind]), 1, partial(torch.optim.SGD, lr=0.1)))
 
 
-def test_what_hides_one_step_shows_after_many() -> None:
+def test_signs_that_need_many_steps() -> None:
     """Normal weights give nothing to hold on to but their columns; torch's biases leave their interval in time."""
     assert signs(trained(fresh(UNDECIDED["normal, no biases"]), 300))
     assert signs(trained(fresh(UNDECIDED["torch's biases, few"]), 300))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_our_own_draws_give_no_sign(scheme: str) -> None:
+def test_signs_of_initialized_models_are_none(scheme: str) -> None:
     """A model that `initialize` prepared in __init__ is fresh."""
     for kind in ("mlp", "batch norm", "lstm", "nn.Transformer", "rms norm"):
         model = KINDS[kind]()
@@ -105,6 +87,7 @@ def uniform(width: float, *shape: int) -> nn.Linear:
     return layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [
@@ -117,13 +100,13 @@ def uniform(width: float, *shape: int) -> nn.Linear:
         partial(with_weights, partial(nn.Linear, 16, 16, bias=False), nn.init.normal_),
     ],
 )
-def test_an_authors_own_interval_is_no_sign(build: Build) -> None:
+def test_signs_of_uniform_draws_by_hand_are_none(build: Build) -> None:
     """It has an edge as sharp as any fresh draw's; training blurs it. A few values may end anywhere."""
     for seed in range(200):
         assert signs(fresh(build, seed)) == [], f"seed {seed}"
 
 
-def test_rounding_beyond_the_bound_is_no_sign() -> None:
+def test_signs_ignore_rounding_beyond_the_bound() -> None:
     """The bound 1/√12 = 0.288675 rounds to 0.289062 in bfloat16, also for a model that has become float32 since."""
     layer = fresh(partial(nn.Linear, 12, 4000)).to(torch.bfloat16)
     assert layer.weight.detach().float().max() > 12**-0.5
@@ -167,7 +150,7 @@ EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
 
 
 @pytest.mark.parametrize(("build", "words"), EVIDENCE)
-def test_the_evidence_is_named(build: Build, words: str) -> None:
+def test_signs_name_the_evidence(build: Build, words: str) -> None:
     (sign,) = [sign for sign in signs(fresh(build)) if re.fullmatch(words, sign)]
     assert sign
 
@@ -199,11 +182,11 @@ NO_EVIDENCE: list[Callable[[], nn.Module]] = [
 
 
 @pytest.mark.parametrize("build", NO_EVIDENCE)
-def test_an_authors_own_draw_is_no_evidence(build: Build) -> None:
+def test_signs_of_draws_by_hand_are_none(build: Build) -> None:
     assert signs(fresh(build)) == []
 
 
-def test_a_forward_pass_is_no_training() -> None:
+def test_signs_after_a_forward_pass_are_none() -> None:
     """A lazy module has to see a batch before fit; batch norm counts it, but its weights have not moved."""
     model = fresh(conv_net)
     model(digits()[0][:8])
@@ -216,11 +199,11 @@ def test_a_forward_pass_is_no_training() -> None:
     assert "1.1.num_batches_tracked is 1" in signs(model)
 
 
-def test_only_what_would_be_drawn_counts() -> None:
+def test_signs_of_kept_parameters_are_ignored() -> None:
     model = trained(fresh(KINDS["kaiming normal"]), 1)
     assert layers(signs(model)) == {"0", "2", "4"}
     assert layers(signs(model, Rule("0.*", "keep"))) == {"2", "4"}
-    for parameter in model[4].parameters():  # type: ignore[index]
+    for parameter in model[4].parameters():
         parameter.requires_grad = False
     assert layers(signs(model, Rule("0.*", "keep"))) == {"2"}
 
@@ -229,41 +212,28 @@ def layers(found: list[str]) -> set[str]:
     return {sign.split(".")[0] for sign in found}
 
 
-class Pretrained(DigitsModule):
-    """Loads a backbone in ``__init__`` and puts a head of its own on it."""
-
-    def __init__(self, backbone: nn.Module, path: Path) -> None:
-        super().__init__(nn.Identity)
-        backbone.load_state_dict(torch.load(path, weights_only=True))
-        self.network = nn.Identity()
-        self.backbone = backbone
-        self.head = nn.Linear(10, 10)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone(pixels))
-        return logits
-
-
 @pytest.mark.parametrize("build", [partial(mlp, 64), conv_net, RowLSTM])
-def test_loaded_weights_are_refused_and_the_rule_to_paste_keeps_them(build: Build, tmp_path: Path) -> None:
+def test_guard_refuses_loaded_weights_and_its_rule_keeps_them(build: Build, tmp_path: Path) -> None:
     torch.save(trained(fresh(build), 50).state_dict(), tmp_path / "backbone.pt")
-    model = Pretrained(fresh(build, 1), tmp_path / "backbone.pt")
-    rules = refusal_of(model, r"backbone\.")
-    assert rules == [Rule("backbone.*", "keep")]
-    before, start = weights_of(model), fit(model, InitCallback(seed=3, rules=rules))
-    assert_same(kept(start, "backbone."), kept(before, "backbone."))
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    model = Pretrained(lambda: loaded(fresh(build, 1), state), new_head=True)
+    rules = refusal_of(model, r"network\.")
+    assert rules == [Rule("network.*", "keep")]
+    before, start = weights_of(model), weights_at_start(model, InitCallback(seed=3, rules=rules))
+    assert_same(kept(start, "network."), kept(before, "network."))
     assert_differ(kept(start, "head."), kept(before, "head."))
 
 
-def test_when_always_draws_over_trained_weights(tmp_path: Path) -> None:
+def test_guard_is_off_when_always(tmp_path: Path) -> None:
     torch.save(trained(fresh(mlp), 50).state_dict(), tmp_path / "backbone.pt")
-    model = Pretrained(fresh(mlp, 1), tmp_path / "backbone.pt")
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    model = Pretrained(lambda: loaded(fresh(mlp, 1), state), new_head=True)
     expected = copy.deepcopy(model)
     initialize(expected, seed=3)
-    assert_same(fit(model, InitCallback(seed=3, when="always")), weights_of(expected))
+    assert_same(weights_at_start(model, InitCallback(seed=3, when="always")), weights_of(expected))
 
 
-def test_a_weight_of_the_model_itself_takes_the_rest_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guard_keeps_all_where_the_root_owns_a_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     class Bare(DigitsModule):
         def __init__(self) -> None:
             super().__init__(mlp)
@@ -278,20 +248,12 @@ def refusal_of(model: DigitsModule, evidence: str) -> list[Rule]:
     """The rules that the error prints, as Python reads them; the weights must be as they were."""
     before = weights_of(model)
     with pytest.raises(ValueError, match=rf"signs of training(.|\n)*{evidence}(.|\n)*when='always'") as error:
-        fit(model, InitCallback(seed=3))
+        weights_at_start(model, InitCallback(seed=3))
     assert_same(weights_of(model), before)
     to_paste = re.search(r"rules=(\[.*?\])", str(error.value))
     assert to_paste
     rules: list[Rule] = eval(to_paste[1], {"Rule": Rule})
     return rules
-
-
-def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
-    """The weights that training starts from."""
-    start = WeightsAtStart()
-    options: dict[str, Any] = {"max_steps": 1, "limit_val_batches": 0}
-    make_trainer(callbacks=[callback, start], **options).fit(model)
-    return start.at_start
 
 
 def kept(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from torch.distributed.tensor import Placement, Shard, distribute_tensor
 
 from lightning_init import plan
 from lightning_init.initialization.training_signs import signs_of_training
-from tests.initialization.test_training_signs import trained
 from tests.support.kinds import lstm_with_open_forget_gates
 from tests.support.models import RowLSTM, conv_net
 from tests.support.sharded import as_rank
+from tests.support.training import trained
+
+pytestmark = pytest.mark.slow
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, placement: Placement) -> nn.Module:
@@ -40,7 +42,7 @@ def signs_on_ranks(build: Callable[[], nn.Module], ranks: int, placement: Placem
 @pytest.mark.parametrize("placement", [Shard(0), Shard(1)])
 @pytest.mark.parametrize("ranks", [2, 3, 13])
 @pytest.mark.parametrize("build", [lstm_with_open_forget_gates, RowLSTM, conv_net])
-def test_shards_of_fresh_models_give_no_sign(build: Callable[[], nn.Module], ranks: int, placement: Placement) -> None:
+def test_signs_of_fresh_shards_are_none(build: Callable[[], nn.Module], ranks: int, placement: Placement) -> None:
     torch.manual_seed(0)
     model = build()
 
@@ -52,7 +54,7 @@ def test_shards_of_fresh_models_give_no_sign(build: Callable[[], nn.Module], ran
     assert signs_on_ranks(same, ranks, placement) == [[]] * ranks
 
 
-def test_shards_of_a_trained_model_do() -> None:
+def test_signs_of_trained_shards() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         return trained(conv_net(), 1)
@@ -61,7 +63,7 @@ def test_shards_of_a_trained_model_do() -> None:
         assert "1.1.num_batches_tracked is 1" in found
 
 
-def test_one_gate_that_moved_shows_on_the_rank_that_holds_it() -> None:
+def test_signs_of_one_gate_are_on_the_rank_that_holds_it() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
         lstm = nn.LSTM(4, 32)

@@ -14,10 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_init import InitCallback, Rule, initialize, plan
 from lightning_init.initialization.training_signs import signs_of_training
-from tests.support.models import DigitsModule
-from tests.support.trainers import make_trainer
+from tests.support.modules import Pretrained
+from tests.support.training import weights_at_start
 from tests.support.transformer_models import MODELS, WIDTH, batch_for
-from tests.support.weights import WeightsAtStart, assert_differ, assert_same, weights_of
+from tests.support.weights import assert_differ, assert_same, weights_of
+
+pytestmark = pytest.mark.slow
 
 UNKNOWN = "module type unknown"
 LEFT_ALONE: dict[str, dict[str, str]] = {
@@ -70,7 +72,7 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
     return MODELS[name]()
 
 
-def test_every_parameter_is_drawn_or_left_alone_with_a_reason(name: str) -> None:
+def test_transformers_parameters_are_drawn_or_left_alone_with_a_reason(name: str) -> None:
     model = fresh(name)
     before = weights_of(model)
     report = initialize(model)
@@ -91,7 +93,7 @@ def test_every_parameter_is_drawn_or_left_alone_with_a_reason(name: str) -> None
     assert_same({path: now[path] for path in kept}, {path: before[path] for path in kept})
 
 
-def test_every_value_is_what_its_layer_needs(name: str) -> None:
+def test_transformers_weights_suit_their_layers(name: str) -> None:
     """Held against the layers themselves, not against roles: He's std by the number of inputs, norms 1 and 0."""
     model = fresh(name)
     drawn = {entry.name: entry for entry in initialize(model).drawn}
@@ -123,14 +125,14 @@ def check_values(path: str, values: Tensor, mean: float, std: float) -> None:
     assert abs(values.std(correction=0).item() - std) <= 5 * std / math.sqrt(2 * count), path
 
 
-def test_norms_of_every_library_are_known(name: str) -> None:
+def test_transformers_norms_are_known(name: str) -> None:
     model = fresh(name)
     types = {type(module).__name__ for module in model.modules() if "Norm" in type(module).__name__}
     assert types
     assert types <= {entry.module_type for entry in initialize(model).drawn if entry.decided_by == "norm"}
 
 
-def test_it_trains_from_what_was_drawn(name: str) -> None:
+def test_transformers_train_after_initialize(name: str) -> None:
     model = fresh(name)
     initialize(model)
     first = step_of(model)
@@ -149,12 +151,12 @@ def step_of(model: nn.Module) -> float:
     torch.manual_seed(0)  # dropout
     optimizer.zero_grad()
     loss: Tensor = model(**batch_for(model)).loss
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     return loss.item()
 
 
-def test_fresh_ones_are_fresh_and_one_step_shows(name: str) -> None:
+def test_transformers_signs_of_training(name: str) -> None:
     for seed in range(3):
         model = fresh(name, seed)
         assert signs_of_training(plan(model), model) == []
@@ -165,53 +167,38 @@ def test_fresh_ones_are_fresh_and_one_step_shows(name: str) -> None:
     assert not [sign for sign in signs_of_training(plan(model), model) if "num_batches_tracked" not in sign]
 
 
-def test_a_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
+def test_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:
     model = fresh("gpt2")
     report = initialize(model)
     fans = report["transformer.h.0.mlp.c_fc.weight"].fans
-    assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)  # type: ignore[union-attr]
+    assert (fans.fan_in, fans.fan_out) == (WIDTH, 4 * WIDTH)
 
 
-class Pretrained(DigitsModule):
-    """A model loaded by ``from_pretrained`` in ``__init__``, with a new head."""
-
-    def __init__(self, auto: type[PreTrainedModel], folder: Path) -> None:
-        super().__init__(nn.Identity)
-        self.loaded = auto.from_pretrained(folder).train()
-        self.head = nn.Linear(10, 10)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        words = (pixels[:, :8] + 1).abs().mul(9).clamp(0, 59).long()
-        logits = self.loaded(input_ids=words).logits
-        result: Tensor = self.head(logits[:, :10] if logits.ndim == 2 else logits[:, -1, :10])
-        return result
+def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The model reads the brightness of the first pixels as words."""
+    words = (pixels[:, :8] + 1).abs().mul(9).clamp(0, 59).long()
+    logits: Tensor = model(input_ids=words).logits
+    return logits[:, :10] if logits.ndim == 2 else logits[:, -1, :10]
 
 
 @pytest.mark.parametrize(("name", "auto"), [("bert", BertForSequenceClassification), ("llama", AutoModelForCausalLM)])
-def test_from_pretrained_is_refused_and_the_rule_to_paste_keeps_it(
+def test_transformers_from_pretrained_is_refused_and_the_rule_keeps_it(
     name: str, auto: type[PreTrainedModel], tmp_path: Path
 ) -> None:
     trained = fresh(name)
     step_of(trained)
-    trained.save_pretrained(tmp_path)  # type: ignore[operator]
-    model = Pretrained(auto, tmp_path)
+    trained.save_pretrained(tmp_path)
+    model = Pretrained(lambda: auto.from_pretrained(tmp_path).train(), new_head=True, call=logits_of)
     before = weights_of(model)
     assert_same(
-        {path.removeprefix("loaded."): w for path, w in before.items() if path.startswith("loaded.")},
+        {path.removeprefix("network."): w for path, w in before.items() if path.startswith("network.")},
         weights_of(trained),
     )
     with pytest.raises(ValueError, match=r"signs of training(.|\n)*[nN]orm(.|\n)*is not constant") as error:
-        fit(model, InitCallback(seed=3))
+        weights_at_start(model, InitCallback(seed=3))
     assert_same(weights_of(model), before)
-    assert "rules=[Rule('loaded.*', 'keep')]" in str(error.value)
-    start = fit(model, InitCallback(seed=3, rules=[Rule("loaded.*", "keep")]))
-    loaded = {path for path in before if path.startswith("loaded.")}
+    assert "rules=[Rule('network.*', 'keep')]" in str(error.value)
+    start = weights_at_start(model, InitCallback(seed=3, rules=[Rule("network.*", "keep")]))
+    loaded = {path for path in before if path.startswith("network.")}
     assert_same({path: start[path] for path in loaded}, {path: before[path] for path in loaded})
     assert_differ({"head": start["head.weight"]}, {"head": before["head.weight"]})
-
-
-def fit(model: DigitsModule, callback: InitCallback) -> dict[str, Tensor]:
-    """The weights that training starts from."""
-    start = WeightsAtStart()
-    make_trainer(callbacks=[callback, start], max_steps=1, limit_val_batches=0).fit(model)
-    return start.at_start

@@ -1,4 +1,4 @@
-"""Alone, there is nobody to ask; what several ranks say is in tests/distributed."""
+"""Agreement in one process; on several ranks: test_verify_on_ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _alone(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_alone")
-def test_alone_one_agrees_with_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agree_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_gather_object", None)  # nobody is asked
     measured = [Measured(1.5, 3, 42), Measured(is_transformed=True)]
     assert not is_distributed()

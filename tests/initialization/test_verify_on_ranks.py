@@ -20,7 +20,7 @@ def sums() -> list[Measured]:
     return agree(NAMES, [Measured(rank + 0.5, rank + 1, -7), Measured(), Measured(1.0, 2, 2**63 - 1, rank == 1)])
 
 
-def test_what_each_holds_is_added_up() -> None:
+def test_agree_adds_up_what_ranks_hold() -> None:
     for measured in run_ranks(sums, 3):
         assert measured[0] == Measured(4.5, 6, -7)
         assert measured[1] == Measured()
@@ -30,13 +30,13 @@ def test_what_each_holds_is_added_up() -> None:
 def counts(number: int) -> tuple[list[Measured], int]:
     calls = []
     original = dist.all_gather_object
-    dist.all_gather_object = lambda *args: (calls.append(1), original(*args))  # type: ignore[assignment]
+    dist.all_gather_object = lambda *args: (calls.append(1), original(*args))
     measured = [Measured(float(i), 1, i) for i in range(number)]
     return agree([f"p{i}" for i in range(number)], measured), len(calls)
 
 
 @pytest.mark.parametrize("number", [1, 2000])
-def test_one_collective_whatever_the_number_of_parameters(number: int) -> None:
+def test_agree_needs_one_collective(number: int) -> None:
     for totals, calls in run_ranks(counts, 2, number):
         assert calls == 1
         assert totals == [Measured(2.0 * i, 2, i) for i in range(number)]
@@ -51,7 +51,7 @@ def disagree(checksums: list[list[int]]) -> str:
     return "agreed"
 
 
-def test_the_first_parameter_that_differs_is_named_on_every_rank() -> None:
+def test_agree_names_the_first_difference_on_every_rank() -> None:
     expected = (
         "parameter 'a.bias' was drawn differently on rank 1, 2 than on rank 0: "
         "all ranks need the same seed, scheme, rules and model"
@@ -77,7 +77,7 @@ def other_names(names: list[list[str]]) -> str:
         ([["a"], []], "a"),
     ],
 )
-def test_other_parameters_are_named_on_every_rank(names: list[list[str]], first: str) -> None:
+def test_agree_names_other_parameters_on_every_rank(names: list[list[str]], first: str) -> None:
     expected = f"rank 1 has other parameters than rank 0; the first that differs: {first!r}"
     assert run_ranks(other_names, 2, names) == [expected] * 2
 
@@ -86,7 +86,7 @@ def answers() -> list[object]:
     return all_gather_object({"rank": dist.get_rank()})
 
 
-def test_every_rank_hears_every_answer_in_order() -> None:
+def test_all_gather_object_keeps_rank_order() -> None:
     assert run_ranks(answers, 3) == [[{"rank": 0}, {"rank": 1}, {"rank": 2}]] * 3
 
 
@@ -96,7 +96,7 @@ def report_of_copies(scheme: str) -> InitReport:
 
 
 @pytest.mark.parametrize("scheme", ["he_normal", "orthogonal"])
-def test_the_report_of_copies_is_that_of_one(scheme: str) -> None:
+def test_report_of_replicas_is_that_of_one(scheme: str) -> None:
     """The same values on every rank are no further proof: std and tolerance stay those of one copy."""
     expected = initialize(nn.Sequential(nn.Linear(30, 20), nn.LSTM(20, 7)), scheme, seed=5)
     for report in run_ranks(report_of_copies, 3, scheme):
@@ -113,14 +113,14 @@ def differ(by: str) -> str:
         "rules": {"rules": [Rule("1.weight", ["zeros", "ones"][rank])]},
     }[by]
     try:
-        initialize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), **options)  # type: ignore[arg-type]
+        initialize(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), **options)
     except RuntimeError as error:
         return str(error)
     return "agreed"
 
 
 @pytest.mark.parametrize(("by", "first"), [("seed", "0.weight"), ("scheme", "0.weight"), ("rules", "1.weight")])
-def test_ranks_that_were_asked_for_different_weights(by: str, first: str) -> None:
+def test_ranks_asked_for_different_weights_raise(by: str, first: str) -> None:
     for message in run_ranks(differ, 2, by):
         assert message.startswith(f"parameter '{first}' was drawn differently on rank 1 than on rank 0")
 
@@ -134,7 +134,7 @@ def fail_on_rank_1() -> str:
     return "no error"
 
 
-def test_nobody_waits_for_a_rank_that_has_failed() -> None:
+def test_failed_rank_is_named_by_the_others() -> None:
     """The rank that failed raises its own error, the others say which rank it was and why."""
     others, own = run_ranks(fail_on_rank_1, 2, timeout=60)
     assert own.startswith("ValueError: 2 parameters are on the meta device")

@@ -15,14 +15,13 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.utils import parametrizations
 
+from lightning_init import Normal, Rule, Scheme, initialize
 from lightning_init.initialization import streams
 from lightning_init.initialization.draw import Measured, chunks_of, draw_full
-from lightning_init.initialization.initialize import initialize
 from lightning_init.initialization.plan import make_plan
-from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.rules import Request
 from lightning_init.initialization.streams import Block
 from lightning_init.initialization.write import write_all
-from lightning_init.schemes.distributions import Normal, Scheme
 from tests.support.sharded import as_rank
 
 SCHEMES = ["he_normal", "xavier_uniform", "lecun_normal_truncated", "orthogonal", "sparse", "identity"]
@@ -69,14 +68,14 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize(("model", "scheme"), [*product(MODELS, SCHEMES), ("longer than a block", "he_normal")])
-def test_every_layout_holds_the_plain_values(model: str, scheme: str) -> None:
+def test_layouts_hold_the_plain_values(model: str, scheme: str) -> None:
     assert_plain(MODELS[model]() if model in MODELS else nn.Linear(521, 1024, bias=False), scheme)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
-def test_every_dtype_holds_the_plain_values(dtype: torch.dtype, scheme: str) -> None:
+def test_dtypes_hold_the_plain_values(dtype: torch.dtype, scheme: str) -> None:
     assert_plain(nn.Linear(30, 20).to(dtype), scheme)
 
 
@@ -99,7 +98,7 @@ class Holder(nn.Module):
     ],
     ids=["transposed", "every other", "at an odd place"],
 )
-def test_every_stride_holds_the_plain_values(make: Callable[[], Tensor], scheme: str) -> None:
+def test_strides_hold_the_plain_values(make: Callable[[], Tensor], scheme: str) -> None:
     with torch.no_grad():
         contiguous, strided = Holder(torch.zeros(make().shape)), Holder(make())
     write(contiguous, scheme)
@@ -112,7 +111,7 @@ def test_every_stride_holds_the_plain_values(make: Callable[[], Tensor], scheme:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("sizes", [(0, 7), (5, 0)])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
-def test_a_parameter_without_elements_is_left_out(sizes: tuple[int, int], scheme: str) -> None:
+def test_empty_parameter_is_left_out(sizes: tuple[int, int], scheme: str) -> None:
     model = nn.Sequential(nn.Linear(*sizes), nn.Linear(3, 3))
     report = initialize(model, scheme)
     assert report["0.weight"].reason == "no elements"
@@ -120,7 +119,7 @@ def test_a_parameter_without_elements_is_left_out(sizes: tuple[int, int], scheme
     report.check()
 
 
-def test_a_scalar_is_drawn() -> None:
+def test_scalar_is_drawn() -> None:
     model = nn.Module()
     model.scale = nn.Parameter(torch.tensor(1.0))
     report = initialize(model, rules=[Rule("scale", Normal(1.0))])
@@ -141,12 +140,13 @@ LAYOUTS: list[tuple[tuple[int, ...], list[Placement]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", range(4))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("block", [4, 16, 50])
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), scheme=st.sampled_from(SCHEMES), bf16=st.booleans())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_shard_holds_its_part_of_the_plain_values(
+def test_shards_hold_their_elements_of_the_plain_values(
     rank: int,
     layout: tuple[tuple[int, ...], list[Placement]],
     block: int,
@@ -170,7 +170,7 @@ def test_every_shard_holds_its_part_of_the_plain_values(
         assert measured.squares == pytest.approx(float(expected.double().square().sum()), rel=1e-5, abs=1e-12)
 
 
-def test_ranks_agree_on_the_checksum_of_what_is_sharded_and_of_what_is_not() -> None:
+def test_checksums_of_shards_and_replicas_agree_between_ranks() -> None:
     checksums = []
     for rank in range(4):
         with as_rank(rank, (4,)) as mesh:
@@ -191,7 +191,7 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
 
     def counted(self: Block, *args: object) -> Tensor:
         drawn.append(self.number)
-        return original(self, *args)  # type: ignore[arg-type]
+        return original(self, *args)
 
     with monkeypatch.context() as patch, as_rank(rank, (4,)) as mesh:
         patch.setattr(streams, "BLOCK", 64)
@@ -201,7 +201,7 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
     return set(drawn)
 
 
-def test_a_rank_draws_only_the_blocks_its_rows_need(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_drawn_by_a_rank_are_those_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     per_rank = [blocks_drawn(monkeypatch, rank, [Shard(0)]) for rank in range(4)]
     assert per_rank == [set(range(5 * rank, 5 * rank + 5)) | {0} for rank in range(4)]  # block 0 also is the canary
     assert [len(blocks_drawn(monkeypatch, rank, [Shard(1)])) for rank in range(4)] == [20] * 4
@@ -209,14 +209,14 @@ def test_a_rank_draws_only_the_blocks_its_rows_need(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("row", [0, 3, -1])
-def test_a_padding_row_is_zero_again(row: int) -> None:
+def test_padding_row_is_set_to_zero(row: int) -> None:
     for layer in (nn.Embedding(5, 8, padding_idx=row), nn.EmbeddingBag(5, 8, padding_idx=row)):
         initialize(layer)
         assert (layer.weight[row] == 0).all()
         assert layer.weight.count_nonzero() == 4 * 8
 
 
-def test_a_padding_row_of_a_transposed_table() -> None:
+def test_padding_row_of_a_transposed_table() -> None:
     layer = nn.Embedding(5, 8, padding_idx=2)
     layer.weight = nn.Parameter(torch.zeros(8, 5).t())
     initialize(layer)
@@ -227,7 +227,7 @@ def test_a_padding_row_of_a_transposed_table() -> None:
 @pytest.mark.parametrize(
     ("rank", "placements"), list(product(range(4), [[Shard(0)], [Shard(1)], [Replicate()]])), ids=str
 )
-def test_a_padding_row_of_a_sharded_table(rank: int, placements: list[Placement]) -> None:
+def test_padding_row_of_a_sharded_table(rank: int, placements: list[Placement]) -> None:
     table = nn.Embedding(6, 9, padding_idx=4)
     write_all(make_plan(table, Request.of("he_normal")), 0)
     with as_rank(rank, (4,)) as mesh:
@@ -238,7 +238,7 @@ def test_a_padding_row_of_a_sharded_table(rank: int, placements: list[Placement]
         assert torch.equal(layer.weight.to_local(), expected.to_local())
 
 
-def test_a_table_tied_to_an_output_layer_keeps_its_padding_row() -> None:
+def test_padding_row_of_a_table_tied_to_an_output_layer() -> None:
     model = nn.ModuleDict({"table": nn.Embedding(10, 6, padding_idx=2), "head": nn.Linear(6, 10, bias=False)})
     model["head"].weight = model["table"].weight
     initialize(model)
@@ -246,7 +246,7 @@ def test_a_table_tied_to_an_output_layer_keeps_its_padding_row() -> None:
     assert model["head"].weight.count_nonzero() == 9 * 6
 
 
-def test_written_in_place() -> None:
+def test_write_is_in_place() -> None:
     """The optimizer already holds these very tensors."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), parametrizations.weight_norm(nn.Linear(4, 3)), nn.LSTM(3, 2))
     before = [(parameter, parameter.data_ptr()) for parameter in model.parameters()]

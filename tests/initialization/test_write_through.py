@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_init.initialization.initialize import initialize, plan
-from lightning_init.initialization.report import InitReport
+from lightning_init import InitReport, initialize, plan
 
 
 class Halved(nn.Module):
@@ -31,7 +30,7 @@ def halved(layer: nn.Module) -> nn.Module:
 
 def old_weight_norm(layer: nn.Module, dim: int | None = 0) -> nn.Module:
     with pytest.warns(FutureWarning, match="weight_norm"):
-        return nn.utils.weight_norm(layer, dim=dim)  # type: ignore[arg-type]
+        return nn.utils.weight_norm(layer, dim=dim)
 
 
 EXACT: Mapping[str, Callable[[nn.Module], nn.Module]] = {
@@ -50,7 +49,7 @@ EXACT: Mapping[str, Callable[[nn.Module], nn.Module]] = {
 )
 @pytest.mark.parametrize("wrap", EXACT)
 @pytest.mark.parametrize("scheme", ["he_normal", "orthogonal"])
-def test_a_parametrized_weight_is_what_was_asked_for(wrap: str, make: Callable[[], nn.Module], scheme: str) -> None:
+def test_parametrized_weight_is_what_was_asked_for(wrap: str, make: Callable[[], nn.Module], scheme: str) -> None:
     layer, reference = EXACT[wrap](make()), make()
     report = initialize(layer, scheme, seed=3)
     initialize(reference, scheme, seed=3)
@@ -86,7 +85,7 @@ def test_spectral_norm_is_measured_as_it_comes_out() -> None:
     report.check()
 
 
-def test_the_old_spectral_norm_and_pruning_get_the_weight_they_start_from() -> None:
+def test_old_spectral_norm_and_pruning_write_their_original() -> None:
     spectral = nn.utils.spectral_norm(nn.Linear(40, 30), n_power_iterations=20)
     _, asked, used = measured_weight(spectral)
     assert torch.equal(spectral.weight_orig, asked)
@@ -100,7 +99,7 @@ def test_the_old_spectral_norm_and_pruning_get_the_weight_they_start_from() -> N
     assert report["weight_orig"].measured_std == pytest.approx(asked.square().mean().sqrt().item(), rel=1e-5)
 
 
-def test_an_orthogonal_parametrization_stays_orthogonal_and_says_what_it_holds() -> None:
+def test_orthogonal_parametrization_stays_orthogonal_and_is_measured() -> None:
     layer = parametrizations.orthogonal(nn.Linear(40, 30))
     report, _, used = measured_weight(layer)
     torch.testing.assert_close(used @ used.T, torch.eye(30), rtol=0, atol=1e-5)
@@ -131,7 +130,7 @@ class OneWay(nn.Module):
         return stored.abs()
 
 
-def test_a_parametrization_without_a_right_inverse_is_left_alone_and_named() -> None:
+def test_parametrization_without_right_inverse_is_left_alone_and_named() -> None:
     layer = nn.Linear(4, 3)
     parametrize.register_parametrization(layer, "weight", OneWay())
     before = layer.weight.clone()
@@ -141,7 +140,7 @@ def test_a_parametrization_without_a_right_inverse_is_left_alone_and_named() -> 
 
 
 @pytest.mark.parametrize("orthogonal_map", ["matrix_exp", "cayley"])
-def test_an_orthogonal_map_that_cannot_be_assigned_is_left_alone(orthogonal_map: str) -> None:
+def test_orthogonal_map_that_cannot_be_assigned_is_left_alone(orthogonal_map: str) -> None:
     layer = parametrizations.orthogonal(nn.Linear(6, 6), orthogonal_map=orthogonal_map, use_trivialization=False)
     before = layer.weight.clone()
     report = initialize(layer)
@@ -150,7 +149,7 @@ def test_an_orthogonal_map_that_cannot_be_assigned_is_left_alone(orthogonal_map:
     assert report["bias"].reason == ""
 
 
-def test_planning_computes_nothing() -> None:
+def test_plan_computes_no_parametrization() -> None:
     """Spectral_norm takes a step of its power iteration whenever the weight is read while training."""
     layer = parametrizations.spectral_norm(nn.Linear(40, 30))
     before = {name: value.clone() for name, value in layer.state_dict().items()}

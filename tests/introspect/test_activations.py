@@ -62,7 +62,7 @@ class Counter(nn.Module):
     [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), SquaredReLU(), nn.Threshold(0.1, 0.0)],
     ids=repr,
 )
-def test_rectifiers(module: nn.Module) -> None:
+def test_activation_traits_of_rectifiers(module: nn.Module) -> None:
     activation = activation_of(module)
     assert activation is not None
     assert activation.rectifies
@@ -77,7 +77,7 @@ def test_rectifiers(module: nn.Module) -> None:
     ],
     ids=repr,
 )
-def test_smooth(module: nn.Module) -> None:
+def test_activation_traits_of_smooth_functions(module: nn.Module) -> None:
     activation = activation_of(module)
     assert activation is not None
     assert not activation.rectifies
@@ -93,11 +93,11 @@ def test_smooth(module: nn.Module) -> None:
     ],
     ids=repr,
 )
-def test_everything_else(module: nn.Module) -> None:
+def test_activation_traits_of_other_modules_are_none(module: nn.Module) -> None:
     assert activation_of(module) is None
 
 
-def test_asking_leaves_no_trace() -> None:
+def test_activation_of_changes_nothing() -> None:
     counter = Counter().train()
     before = torch.get_rng_state()
     assert activation_of(counter) is not None
@@ -107,7 +107,7 @@ def test_asking_leaves_no_trace() -> None:
     assert counter.training
 
 
-def test_default_dtype_and_device_do_not_matter() -> None:
+def test_activation_of_ignores_default_dtype_and_device() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
@@ -123,10 +123,10 @@ class Augmentation(nn.Module):
         return x * random.random() * float(np.random.rand())
 
 
-def test_other_random_states_stay() -> None:
-    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+def test_activation_of_keeps_random_states() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
     activation_of(Augmentation())
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
 class Owner(nn.Module):
@@ -145,7 +145,7 @@ class Owner(nn.Module):
         raise AssertionError("the whole model was copied")
 
 
-def test_hooks_of_the_user_are_neither_called_nor_followed() -> None:
+def test_activation_of_calls_no_hooks() -> None:
     owner, seen = Owner(), []
     owner.act.register_forward_pre_hook(lambda module, args: seen.append(args))
     assert activation_of(owner.act) == ActivationTraits(True)
@@ -166,7 +166,7 @@ class Memory(nn.Module):
         return x.tanh()
 
 
-def test_large_state_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_of_copies_no_large_state(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activation_of(Memory()) is None
     monkeypatch.setattr("lightning_init.introspect.activations._MOST_STATE", 1 << 18)
     assert activation_of(Memory()) is not None  # it was the size

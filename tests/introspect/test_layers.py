@@ -44,14 +44,14 @@ def names(model: nn.Module) -> list[str]:
     return [layer.name for layer in find_layers(model)]
 
 
-def test_owners_and_activations_are_layers_and_the_root_is_none() -> None:
+def test_layers_are_owners_and_activations_without_the_root() -> None:
     assert names(Root()) == ["block", "block.inner", "block.act", "block.module"]
     assert names(nn.Linear(2, 2)) == []
     kinds = {layer.name: layer.activation for layer in find_layers(mlp(8, 1, nn.Tanh))}
     assert kinds == {"0": None, "1": ActivationTraits(False, -1.0, 1.0), "2": None}
 
 
-def test_attention_and_recurrent_networks_are_one_layer() -> None:
+def test_layers_of_attention_and_recurrent_networks_are_one() -> None:
     layers = {layer.name: layer for layer in find_layers(RowTransformer(depth=1))}
     assert "encoder.layers.0.self_attn" in layers
     assert not any("out_proj" in name for name in layers)
@@ -61,7 +61,7 @@ def test_attention_and_recurrent_networks_are_one_layer() -> None:
     assert names(RowLSTM(depth=2)) == ["lstm", "head"]
 
 
-def test_parametrizations_belong_to_their_module() -> None:
+def test_layers_own_their_parametrizations() -> None:
     linear = parametrizations.spectral_norm(parametrizations.weight_norm(nn.Linear(4, 4)))
     model = nn.Sequential(linear, nn.ReLU())
     assert names(model) == ["0", "1"]
@@ -74,7 +74,7 @@ def test_parametrizations_belong_to_their_module() -> None:
     [compiled, checkpoint_wrapper, nn.DataParallel, lambda m: compiled(checkpoint_wrapper(m))],
     ids=["compile", "checkpoint", "parallel", "both"],
 )
-def test_names_are_the_users(wrap) -> None:  # type: ignore[no-untyped-def]
+def test_layer_names_are_the_users(wrap) -> None:  # type: ignore[no-untyped-def]
     model = Root()
     plain = names(model)
     model.block = wrap(model.block)
@@ -85,7 +85,7 @@ def test_names_are_the_users(wrap) -> None:  # type: ignore[no-untyped-def]
     assert next(clean_modules(root)) == ("", root)
 
 
-def test_a_module_used_twice_is_one_layer_and_tied_parameters_belong_to_both() -> None:
+def test_layers_shared_and_tied() -> None:
     shared = nn.ReLU()
     model = nn.Sequential(nn.Linear(3, 3), shared, nn.Linear(3, 3), shared)
     assert names(model) == ["0", "1", "2"]
@@ -94,18 +94,18 @@ def test_a_module_used_twice_is_one_layer_and_tied_parameters_belong_to_both() -
     assert first.parameters[0] is second.parameters[0]
 
 
-def test_lazy_modules_are_layers_before_they_know_their_shape() -> None:
+def test_layers_include_lazy_modules() -> None:
     assert names(nn.Sequential(nn.LazyLinear(3), nn.ReLU())) == ["0", "1"]
 
 
-def test_globs_select() -> None:
+def test_globs_select_layers() -> None:
     layers = find_layers(Root())
     assert [layer.name for layer in select_layers(layers, None)] == names(Root())
     assert [layer.name for layer in select_layers(layers, ["*.inner", "block"])] == ["block", "block.inner"]
     assert [layer.name for layer in select_layers(layers, ["block.*"])] == ["block.inner", "block.act", "block.module"]
 
 
-def test_a_glob_that_matches_nothing() -> None:
+def test_glob_that_matches_nothing() -> None:
     with pytest.raises(ValueError, match=r"layers: 'block\.iner' matches no layer") as error:
         select_layers(find_layers(Root()), ["block", "block.iner"])
     assert str(error.value).endswith(
@@ -117,7 +117,7 @@ def test_a_glob_that_matches_nothing() -> None:
         select_layers([], ["x"])
 
 
-def test_a_traced_module_has_its_names() -> None:
+def test_traced_module_has_its_names() -> None:
     with pytest.warns(DeprecationWarning, match="trace"):
-        inner = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4))  # type: ignore[no-untyped-call]
+        inner = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.ones(2, 4))
     assert names(nn.Sequential(inner, nn.Linear(4, 2))) == ["0.0", "0.1", "1"]

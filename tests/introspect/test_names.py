@@ -32,17 +32,17 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def inner_compiled(model: nn.Module) -> nn.Module:
-    model.module["body"] = torch.compile(model.module["body"], backend="eager")  # type: ignore[operator,index]
+    model.module["body"] = torch.compile(model.module["body"], backend="eager")
     return model
 
 
 def inner_checkpointed(model: nn.Module) -> nn.Module:
-    model.module["module"] = checkpoint_wrapper(model.module["module"])  # type: ignore[operator,index]
+    model.module["module"] = checkpoint_wrapper(model.module["module"])
     return model
 
 
 def inner_data_parallel(model: nn.Module) -> nn.Module:
-    model.module["body"] = DataParallel(model.module["body"])  # type: ignore[operator,index]
+    model.module["body"] = DataParallel(model.module["body"])
     return model
 
 
@@ -59,7 +59,7 @@ WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=range(len(WRAPPERS)))
-def test_wrappers_leave_no_trace(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_clean_name_drops_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(net())
     assert [clean_name(model, path) for path, _ in model.named_parameters()] == GENERIC_ROLE
 
@@ -81,17 +81,17 @@ def _group() -> Iterator[None]:
     ],
     ids=["plain", "compiled", "around compiled"],
 )
-def test_ddp(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_clean_name_under_ddp(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = wrap(net())
     assert [clean_name(model, path) for path, _ in model.named_parameters()] == GENERIC_ROLE
 
 
 @pytest.mark.usefixtures("_group")
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`:UserWarning")  # one process
-def test_fsdp1() -> None:
+def test_clean_name_under_fsdp1() -> None:
     wrap = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
     model = net()
-    model.module["body"] = wrap(model.module["body"])  # type: ignore[operator,index]
+    model.module["body"] = wrap(model.module["body"])
     paths = [path for path, _ in model.named_parameters()]
     assert sum("_fsdp_wrapped_module" in path for path in paths) == 4
     assert [clean_name(model, path) for path in paths] == GENERIC_ROLE
@@ -100,6 +100,6 @@ def test_fsdp1() -> None:
         assert [clean_name(root, path) for path, _ in root.named_parameters()] == GENERIC_ROLE
 
 
-def test_a_path_without_a_module_behind_it_stays() -> None:
+def test_clean_name_keeps_a_path_without_module() -> None:
     assert clean_name(nn.Sequential(), "0.parametrizations.weight.original0") == "0.parametrizations.weight.original0"
     assert clean_name(nn.Sequential(), "") == ""

@@ -6,32 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init import Constant
 from lightning_init.introspect.normalization import is_norm_by_name, norm_role
 from lightning_init.introspect.roles import role_of
-from lightning_init.schemes.distributions import Constant
-
-
-class LlamaRMSNorm(nn.Module):
-    """As in transformers: another library's own norm."""
-
-    def __init__(self, units: int, start: float = 1.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((units,), start))
-        self.calls = 0
-
-    def normalised(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * self.normalised(x)
-
-
-class GemmaRMSNorm(LlamaRMSNorm):
-    """Zero-centred: its scale is 1 + weight."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (1.0 + self.weight) * self.normalised(x)
+from tests.support.modules import GemmaRMSNorm, LlamaRMSNorm
 
 
 class MambaRMSNormGated(LlamaRMSNorm):
@@ -126,7 +104,7 @@ NORMS = [
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(("make", "expected"), NORMS)
-def test_a_scale_starts_at_one_or_at_zero_where_one_is_added(
+def test_norm_scale_starts_at_one_or_at_zero_where_one_is_added(
     make: type[nn.Module], expected: float, device: str
 ) -> None:
     with torch.device(device):
@@ -137,20 +115,20 @@ def test_a_scale_starts_at_one_or_at_zero_where_one_is_added(
     assert role.default == Constant(expected)
 
 
-def test_the_present_value_does_not_matter() -> None:
+def test_norm_role_ignores_the_present_weight() -> None:
     """Memory from ``to_empty`` is often all zeros, and a scale of 0 would cut the signal off."""
     assert norm_role(LlamaRMSNorm(6, start=0.0), "weight").default == Constant(1.0)
     assert norm_role(GemmaRMSNorm(6, start=0.7), "weight").default == Constant(0.0)
 
 
-def test_a_bias_starts_at_zero_and_says_so() -> None:
+def test_norm_bias_starts_at_zero() -> None:
     role = role_of(CountingNorm(6), "bias")
     assert role is not None
     assert role.default == Constant(0.0)
     assert role.starts_at_zero
 
 
-def test_looking_leaves_no_trace() -> None:
+def test_norm_role_changes_nothing() -> None:
     for module in (CountingNorm(6), OuterNorm(6), LlamaRMSNorm(6)):
         module.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
         before, attributes = copy.deepcopy(module.state_dict()), dict(module.__dict__)
@@ -174,12 +152,12 @@ def test_looking_leaves_no_trace() -> None:
         ("LayerScale", False),
     ],
 )
-def test_names_that_mean_a_norm(class_name: str, is_norm: bool) -> None:
+def test_norm_names(class_name: str, is_norm: bool) -> None:
     module = type(class_name, (NormalizedLinear,), {})()
     assert is_norm_by_name(module, "weight") is is_norm
 
 
-def test_only_one_dimensional_weight_and_bias_count() -> None:
+def test_norm_role_of_one_dimensional_weight_and_bias_only() -> None:
     assert role_of(NormalizedLinear(), "weight") is None
     module = LlamaRMSNorm(6)
     module.register_parameter("logit_scale", nn.Parameter(torch.ones(6)))

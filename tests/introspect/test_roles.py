@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_init import Rule, plan
+from lightning_init import Constant, Fans, Normal, Role, Rule, fans_of, plan, register
 from lightning_init.introspect import roles
-from lightning_init.introspect.roles import Fans, Role, fans_of, register, role_of
-from lightning_init.schemes.distributions import Constant, Normal
+from lightning_init.introspect.roles import role_of
 
 
 class Experts(nn.Module):
@@ -26,7 +25,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roles, "_registry", {key: dict(entries) for key, entries in roles._registry.items()})
 
 
-def test_an_unknown_module_has_no_role_until_it_is_registered() -> None:
+def test_unknown_module_has_no_role_until_registered() -> None:
     module = Experts()
     assert role_of(module, "kernel") is None
     register(Experts, "kernel", Fans(6, 8))
@@ -38,7 +37,7 @@ def test_an_unknown_module_has_no_role_until_it_is_registered() -> None:
     assert role_of(module, "offset") is None
 
 
-def test_every_form_of_a_role() -> None:
+def test_register_takes_every_form_of_a_role() -> None:
     def kind_of(attribute: str) -> str:
         role = role_of(Experts(), attribute)
         assert role is not None
@@ -62,12 +61,12 @@ def test_every_form_of_a_role() -> None:
     assert kind_of("offset") == "keep"
 
 
-def test_a_class_may_go_by_its_name_without_being_imported() -> None:
+def test_register_by_qualified_name_without_import() -> None:
     register(f"{__name__}.Experts", "kernel", Fans(6, 8))
     assert fans_of(Experts(), "kernel") == Fans(6, 8)
 
 
-def test_the_latest_registration_wins_and_globs_work() -> None:
+def test_register_latest_wins_and_globs_work() -> None:
     register(Experts, "*", "keep")
     register(Experts, "kern*", Fans(1, 2))
     assert fans_of(Experts(), "kernel") == Fans(1, 2)
@@ -77,7 +76,7 @@ def test_the_latest_registration_wins_and_globs_work() -> None:
     assert role.kind == "bias"
 
 
-def test_a_user_may_overrule_what_is_known() -> None:
+def test_register_overrules_known_modules() -> None:
     register(nn.Linear, "weight", Fans(1, 1))
     assert fans_of(nn.Linear(3, 4), "weight") == Fans(1, 1)
     bias = role_of(nn.Linear(3, 4), "bias")
@@ -85,7 +84,7 @@ def test_a_user_may_overrule_what_is_known() -> None:
     assert bias.kind == "bias"
 
 
-def test_subclasses_count_and_the_most_specific_class_decides() -> None:
+def test_register_applies_to_subclasses_most_specific_first() -> None:
     class Mine(nn.Linear):
         pass
 
@@ -130,7 +129,7 @@ def test_fans_of_follows_dots() -> None:
     assert fans_of(model, "1.0.weight") == Fans(8, 10)
 
 
-def test_fans_of_a_bag() -> None:
+def test_fans_of_an_embedding_bag() -> None:
     bag = nn.EmbeddingBag(9, 4, mode="mean")
     assert fans_of(bag, "weight").fan_in == 1
     assert fans_of(bag, "weight", bag_size=8).fan_in == 1 / 8
@@ -160,7 +159,7 @@ def test_fans_of_a_bag() -> None:
         ),
     ],
 )
-def test_what_has_no_fans_says_why(module: nn.Module, name: str, message: str) -> None:
+def test_fans_that_do_not_exist_raise_with_the_reason(module: nn.Module, name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fans_of(module, name)
 
@@ -172,15 +171,15 @@ class Gated(nn.Module):
         self.other = nn.Linear(3, 4)
 
 
-def test_a_module_may_say_what_its_inner_modules_parameters_are() -> None:
+def test_register_for_parameters_of_inner_modules() -> None:
     """Dots lead inside, wrappers or not; a glob reaches no further than it says."""
     register(Gated, "gate.bias", "keep")
     register(Gated, "gate.weight", Fans(6, 4))
     model = nn.Sequential(Gated(), nn.Linear(3, 4))
     for built in (model, torch.compile(model, backend="eager")):
-        plans = {assignment.name: assignment for assignment in plan(built)}  # type: ignore[arg-type]
+        plans = {assignment.name: assignment for assignment in plan(built)}
         assert plans["0.gate.bias"].reason == "kept: registered so"
-        assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)  # type: ignore[arg-type]
+        assert plans["0.gate.weight"].fans == fans_of(built, "0.gate.weight") == (6, 4)
         assert plans["0.other.bias"].scheme == plans["1.bias"].scheme == "zeros"
         assert plans["0.other.weight"].fans == plans["1.weight"].fans == (3, 4)
     register(nn.Sequential, "*.gate.bias", "bias")  # the outermost knows best
@@ -189,7 +188,7 @@ def test_a_module_may_say_what_its_inner_modules_parameters_are() -> None:
     assert {assignment.name: assignment for assignment in plan(model)}["0.other.bias"].scheme == "zeros"
 
 
-def test_what_is_registered_to_be_kept_yields_to_a_rule_that_says_everything() -> None:
+def test_register_keep_yields_to_a_rule_for_everything() -> None:
     register(Gated, "gate.bias", "keep")
     (assignment,) = [
         assignment for assignment in plan(Gated(), rules=[Rule("gate.bias", "ones")]) if assignment.name == "gate.bias"
@@ -215,19 +214,17 @@ def test_what_is_registered_to_be_kept_yields_to_a_rule_that_says_everything() -
         ((Experts, "a", "weight"), TypeError, "a role is .*; got 'weight'"),
     ],
 )
-def test_a_wrong_registration_is_refused_at_once(
-    arguments: tuple[object, ...], error: type[Exception], message: str
-) -> None:
+def test_register_refuses_errors_at_once(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        register(*arguments)  # type: ignore[arg-type]
+        register(*arguments)
 
 
-def test_a_table_of_rows_has_a_fan_in_only() -> None:
+def test_table_of_rows_has_a_fan_in_only() -> None:
     register(Experts, "kernel", Fans(1, math.nan))
     assert fans_of(Experts(), "kernel").fan_in == 1
 
 
-def test_a_function_that_returns_no_role_is_named_when_it_is_asked() -> None:
-    register(Experts, "kernel", lambda module: 3)  # type: ignore[arg-type, return-value]
+def test_register_function_without_role_is_named_when_called() -> None:
+    register(Experts, "kernel", lambda module: 3)  # type: ignore[return-value]
     with pytest.raises(TypeError, match=r"a role is .*; got 3"):
         role_of(Experts(), "kernel")

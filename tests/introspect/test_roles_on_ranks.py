@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from lightning_init.introspect.roles import Role, role_of
-from tests.introspect.test_normalization import GemmaRMSNorm, LlamaRMSNorm
-from tests.schemes.test_fans import TransformersConv1D
+from lightning_init import Role
+from lightning_init.introspect.roles import role_of
+from tests.support.modules import GemmaRMSNorm, LlamaRMSNorm, TransformersConv1D
 from tests.support.ranks import run_ranks
 
 

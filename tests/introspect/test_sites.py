@@ -25,7 +25,7 @@ def place_of(model: nn.Module, name: str) -> ParameterSite:
     return found
 
 
-def test_every_name_of_every_parameter_in_order() -> None:
+def test_sites_have_every_name_of_every_parameter_in_order() -> None:
     table, head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
     head.weight = table.weight
     model = nn.ModuleDict({"table": table, "inner": nn.Sequential(nn.Linear(4, 4)), "head": head})
@@ -33,11 +33,11 @@ def test_every_name_of_every_parameter_in_order() -> None:
     assert [site.stored_fqn for site in found] == ["table.weight", "inner.0.weight", "inner.0.bias", "head.weight"]
     assert [site.forward_fqn for site in found] == [site.stored_fqn for site in found]
     assert found[0].parameter is found[3].parameter
-    assert [site.module for site in found] == [table, model["inner"][0], model["inner"][0], head]  # type: ignore[index]
+    assert [site.module for site in found] == [table, model["inner"][0], model["inner"][0], head]
     assert {site.storage for site in found} == {"itself"}
 
 
-def test_a_model_that_is_one_layer() -> None:
+def test_sites_of_a_model_that_is_one_layer() -> None:
     found = list(parameter_sites(nn.Linear(3, 2)))
     assert [(site.stored_fqn, site.attribute, site.ancestors) for site in found] == [
         ("weight", "weight", ()),
@@ -54,7 +54,7 @@ WRAPPED: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers_leave_no_trace_in_names(wrapper: str) -> None:
+def test_site_names_drop_wrappers(wrapper: str) -> None:
     """A user's own attribute may be called like the step of one wrapper, ``module``."""
     inner = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 2)))
     model = nn.ModuleDict({"module": WRAPPED[wrapper](inner)})
@@ -70,7 +70,7 @@ def test_wrappers_leave_no_trace_in_names(wrapper: str) -> None:
         assert {name for _, name in site.ancestors} == {name for _, name in expected.ancestors}
 
 
-def test_the_modules_around_an_owner_see_it_by_shorter_names() -> None:
+def test_ancestors_have_shorter_names_of_a_site() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(nn.Identity(), parametrizations.weight_norm(nn.Linear(3, 2)))})
     for name in ("a.1.bias", "a.1.parametrizations.weight.original1"):
         site = place_of(model, name)
@@ -86,7 +86,7 @@ class Twice(nn.Module):
         return weight / 2
 
 
-def test_parts_of_a_parametrized_weight_belong_to_it() -> None:
+def test_originals_belong_to_their_parametrized_weight() -> None:
     layer = parametrizations.weight_norm(nn.Linear(3, 2))
     parametrize.register_parametrization(layer, "bias", Twice())
     model = nn.Sequential(layer)
@@ -105,7 +105,7 @@ def test_parts_of_a_parametrized_weight_belong_to_it() -> None:
     assert isinstance(steps[0], Twice)
 
 
-def test_a_parametrized_module_inside_a_parametrization_is_found_too() -> None:
+def test_originals_of_a_parametrized_parametrization_are_found() -> None:
     """A parametrization may own layers; their weights are no originals."""
 
     class Mixed(nn.Module):
@@ -125,9 +125,9 @@ def test_a_parametrized_module_inside_a_parametrization_is_found_too() -> None:
     assert parts["parametrizations.weight.original"].forward_fqn == "weight"
 
 
-def test_the_older_weight_norm_computes_by_a_hook() -> None:
+def test_old_weight_norm_is_computed_by_a_hook() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
-        layer = nn.utils.weight_norm(nn.Linear(3, 2))  # type: ignore[arg-type]
+        layer = nn.utils.weight_norm(nn.Linear(3, 2))
     parts = {site.stored_fqn: site for site in parameter_sites(nn.Sequential(layer))}
     assert {name: (site.forward_fqn, site.storage) for name, site in parts.items()} == {
         "0.bias": ("0.bias", "itself"),
@@ -143,7 +143,7 @@ def test_the_older_weight_norm_computes_by_a_hook() -> None:
     torch.testing.assert_close(parts["0.weight_g"].current, expected)  # no forward pass was needed
 
 
-def test_what_a_hook_recomputes_is_the_weight_it_starts_from() -> None:
+def test_hook_computed_weight_is_found_by_its_original() -> None:
     pruned = nn.Linear(3, 2)
     prune.random_unstructured(pruned, "weight", 0.5)
     spectral = nn.utils.spectral_norm(nn.Linear(3, 2))
@@ -165,7 +165,7 @@ class OwnNames(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["scale_g", "kernel_orig", "table_orig"])
-def test_endings_alone_mean_nothing(name: str) -> None:
+def test_name_endings_alone_mean_nothing(name: str) -> None:
     site = place_of(OwnNames(), name)
     assert (site.forward_fqn, site.storage) == (name, "itself")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_init import Constant, Uniform
 from lightning_init.introspect.roles import role_of
 from lightning_init.introspect.torch_roles import TORCH_ROLES
-from lightning_init.schemes.distributions import Constant, Uniform
 
 MODULES: list[nn.Module] = [
     nn.Linear(200, 300),
@@ -43,13 +43,13 @@ MODULES: list[nn.Module] = [
 ]
 
 
-def test_every_known_type_is_tested() -> None:
+def test_torch_roles_are_all_tested() -> None:
     tested = {cls for module in MODULES for inner in module.modules() for cls in type(inner).__mro__}
     assert {known for known in TORCH_ROLES if not isinstance(known, str)} <= tested
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_the_default_is_what_torch_draws(module: nn.Module) -> None:
+def test_default_of_torch_roles_is_what_torch_draws(module: nn.Module) -> None:
     """Std within five of its standard errors, √((kurtosis - 1)/4n); a uniform's largest value at its bound."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_the_default_is_what_torch_draws(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-def test_slices_and_groups_divide_the_parameter(module: nn.Module) -> None:
+def test_chunks_and_groups_divide_the_parameter(module: nn.Module) -> None:
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
             role = role_of(inner, name)
@@ -85,7 +85,7 @@ def test_slices_and_groups_divide_the_parameter(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("module", [nn.LSTM(3, 4, 2, bidirectional=True), nn.LSTMCell(3, 4)])
-def test_the_forget_gate_starts_open_in_one_of_the_two_vectors(module: nn.Module) -> None:
+def test_forget_gate_is_open_in_one_of_two_biases(module: nn.Module) -> None:
     """The vectors are added, so a 1 in each would make 2 (Jozefowicz et al. 2015 ask for 1)."""
     for name, _ in module.named_parameters():
         role = role_of(module, name)
@@ -95,7 +95,7 @@ def test_the_forget_gate_starts_open_in_one_of_the_two_vectors(module: nn.Module
             assert role.bias_values == ((0, 1, 0, 0) if "ih" in name else None)
 
 
-def test_no_other_bias_is_anything_but_zero() -> None:
+def test_biases_are_zero_otherwise() -> None:
     for module in MODULES:
         for name, _ in module.named_parameters(recurse=False):
             if not isinstance(module, (nn.LSTM, nn.LSTMCell)):
@@ -104,7 +104,7 @@ def test_no_other_bias_is_anything_but_zero() -> None:
                 assert role.bias_values is None
 
 
-def test_kinds() -> None:
+def test_kinds_of_roles() -> None:
     def kinds(module: nn.Module) -> dict[str, str | None]:
         roles = {name: role_of(module, name) for name, _ in module.named_parameters(recurse=False)}
         return {name: role.kind if role else None for name, role in roles.items()}
@@ -121,7 +121,7 @@ def test_kinds() -> None:
     }
 
 
-def test_an_attentions_output_bias_starts_at_zero_and_a_linears_does_not() -> None:
+def test_attention_output_bias_is_zero_by_default() -> None:
     attention = role_of(nn.MultiheadAttention(8, 1).out_proj, "bias")
     linear = role_of(nn.Linear(8, 8), "bias")
     assert attention is not None
@@ -140,7 +140,7 @@ def test_padding_rows_and_storage_order() -> None:
     assert transposed.transposed
 
 
-def test_bilinears_default_grows_with_its_second_input() -> None:
+def test_bilinear_default_grows_with_its_second_input() -> None:
     """U(±1/√in1) has variance 1/(3·in1): in1·in2 products of variance 1 add up to in2/3."""
     role = role_of(nn.Bilinear(20, 30, 40), "weight")
     assert role is not None
@@ -149,7 +149,7 @@ def test_bilinears_default_grows_with_its_second_input() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
-def test_a_layer_without_inputs_has_a_default_too() -> None:
+def test_layer_without_inputs_has_a_default() -> None:
     for name in ("weight", "bias"):
         role = role_of(nn.Linear(0, 3), name)
         assert role is not None

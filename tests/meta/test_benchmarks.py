@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from lightning_init import native
+from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.processes  # a benchmark sets threads and filters warnings
+
 ROOT = Path(__file__).parents[2]
 
 
-def run(module: str, *arguments: str) -> str:
-    return run_python("-m", f"benchmarks.{module}", *arguments)
-
-
-def run_python(*arguments: str) -> str:
-    """In a process of its own: a benchmark sets threads and filters warnings."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-
-
-def test_monitor_overhead(tmp_path: Path) -> None:
+def test_monitor_overhead_prints_its_table(tmp_path: Path) -> None:
     plot = tmp_path / "plots" / "growth.png"
-    printed = run("monitor_overhead", "--quick", "--threads", "1", "--markdown", "--plot", str(plot))
+    command = [sys.executable, "-m", "benchmarks.monitor_overhead", "--quick", "--threads", "1", "--markdown"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    printed = subprocess.run(
+        [*command, "--plot", str(plot)], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     rows = [line.split("|")[1:-1] for line in printed.splitlines() if line.startswith("|")]
     assert len(rows) >= 7 or "left out" in printed  # heads, rule, watchers, nobody
     assert rows[2][0].strip() == "`ActivationVarianceMonitor`"
@@ -40,23 +37,34 @@ def test_monitor_overhead(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_watcher_is_gone_after_its_fit() -> None:
+def sums_are_back() -> list[bool]:
+    """Whether the compiled sums are there again after each of two fits without them."""
+    from benchmarks.monitor_overhead import timed
+    from benchmarks.nets import TINY_CASES
+
+    before = native.sums
+    assert before is not None
+    back = []
+    for pairs in (4, 5):
+        timed(TINY_CASES[0], "installed without a C compiler", 1, pairs, "sgd")
+        back.append(native.sums is before)
+    return back
+
+
+def test_watcher_is_gone_after_its_fit() -> None:
     """Also the one that takes the compiled sums away, which the next fit would miss."""
-    script = """
-from benchmarks.monitor_overhead import timed
-from benchmarks.nets import TINY_CASES
-from lightning_init import native
-from lightning_init.monitor import moments
-before = native.sums
-for pairs in (4, 5):
-    timed(TINY_CASES[0], "installed without a C compiler", 1, pairs, "sgd")
-    print(before is not None, native.sums is before)
-"""
-    printed = run_python("-c", script)
-    assert printed.splitlines() == ["True True"] * 2
+    assert run_ranks(sums_are_back, 1) == [[True, True]]
 
 
-def test_init_speed() -> None:
-    printed = run("init_speed", "--rounds", "1", "--side", "64")
+def printed_by_init_speed() -> str:
+    from benchmarks import init_speed
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        init_speed.main(["--rounds", "1", "--side", "64"])
+    return printed.getvalue()
+
+
+def test_init_speed_prints_its_table() -> None:
+    (printed,) = run_ranks(printed_by_init_speed, 1)
     assert printed.count("nn.init") == 4
     assert "peak extra memory" in printed

@@ -20,7 +20,10 @@ from examples.runs import Run
 from lightning_init import InitCLI
 
 # Lightning 2.6 calls what jsonargparse 4 has renamed, also where it loads a checkpoint that its CLI has written.
-pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 CONSOLE_SCRIPT = Path(sys.executable).with_name("lightning-init")
@@ -35,68 +38,83 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lightning_init(folder: Path, *arguments: str) -> str:
-    """Run the console script; its standard output and error."""
+def start(folder: Path, name: str, *flags: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a fit of the demo by the console script; what it prints goes to the file."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PL_", "PYTHONPATH"))}
-    run = subprocess.run(
-        [CONSOLE_SCRIPT, *arguments],
-        cwd=folder,
-        env={**environment, "COLUMNS": "120"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout
-    return run.stdout
+    printed = folder / f"{name}.txt"
+    with printed.open("w") as file:
+        process = subprocess.Popen(
+            [CONSOLE_SCRIPT, "fit", "--config", f"{ROOT}/configs/digits.yaml", *flags],
+            cwd=folder,
+            env={**environment, "COLUMNS": "120"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    return process, printed
 
 
 @pytest.fixture(scope="module")
-def default(folder: Path) -> Run:
-    flags = ["--init.scheme", "torch_default", "--trainer.logger.name", "torch_default"]
-    lightning_init(folder, "fit", "--config", f"{ROOT}/configs/digits.yaml", *flags)
-    return Run.read(folder / "runs/digits/torch_default")
+def runs(folder: Path) -> dict[str, Run]:
+    """Both runs, at the same time: half of each is spent on imports and on waiting for one another."""
+    started = {
+        "torch_default": start(
+            folder, "torch_default", "--init.scheme", "torch_default", "--trainer.logger.name", "torch_default"
+        ),
+        "he_normal": start(folder, "he_normal"),
+    }
+    try:
+        for process, printed in started.values():
+            assert process.wait() == 0, printed.read_text()
+    finally:
+        for process, _ in started.values():
+            process.kill()
+    printed_by_he = started["he_normal"][1].read_text()
+    assert "Starting with 2 processes" in printed_by_he
+    assert "he_normal, seed 1: 42 of 42 parameters drawn" in printed_by_he
+    assert "Epoch 29/29" in printed_by_he  # the progress bar
+    return {name: Run.read(folder / "runs/digits" / name) for name in started}
 
 
-@pytest.fixture(scope="module")
-def he(folder: Path) -> Run:
-    printed = lightning_init(folder, "fit", "--config", f"{ROOT}/configs/digits.yaml")
-    assert "Starting with 2 processes" in printed
-    assert "he_normal, seed 1: 42 of 42 parameters drawn" in printed
-    assert "Epoch 29/29" in printed  # the progress bar
-    return Run.read(folder / "runs/digits/he_normal")
+@pytest.fixture
+def default(runs: dict[str, Run]) -> Run:
+    return runs["torch_default"]
+
+
+@pytest.fixture
+def he(runs: dict[str, Run]) -> Run:
+    return runs["he_normal"]
 
 
 def at_first_step(run: Run, stat: str, layers: list[str]) -> list[float]:
     return [run.series(stat, layer)[0] for layer in layers]
 
 
-def test_he_learns_and_the_default_does_not(he: Run, default: Run) -> None:
+def test_demo_learns_with_he_and_not_with_the_default(he: Run, default: Run) -> None:
     assert held_out_accuracy(he.checkpoint) > 0.95
     assert held_out_accuracy(default.checkpoint) < 0.30
 
 
-def test_he_keeps_signal_and_gradient_through_twenty_layers(he: Run) -> None:
+def test_demo_with_he_keeps_signal_and_gradient_through_twenty_layers(he: Run) -> None:
     variance = at_first_step(he, "activation_variance", HIDDEN)
     gradient = at_first_step(he, "gradient_norm", HIDDEN)
     assert max(variance) / min(variance) < 10
     assert max(gradient) / min(gradient) < 10
 
 
-def test_the_default_loses_both(default: Run) -> None:
+def test_demo_with_the_default_loses_both(default: Run) -> None:
     signal = at_first_step(default, "signal_variance", HIDDEN)
     gradient = at_first_step(default, "gradient_norm", HIDDEN)
     assert signal[-1] / signal[0] < 1e-12  # (1/6)¹⁹ = 1.6e-15
     assert gradient[0] / gradient[-1] < 1e-5
 
 
-def test_the_first_and_the_last_step_are_logged(he: Run, default: Run) -> None:
+def test_demo_logs_the_first_and_the_last_step(he: Run, default: Run) -> None:
     for run in (he, default):
         steps = list(run.scalars["gradient_norm/total"])
         assert (steps[0], steps[-1]) == (0, 689)
 
 
-def test_tensorboard_has_every_layer_in_one_chart(he: Run) -> None:
+def test_demo_chart_has_every_layer(he: Run) -> None:
     relu = [f"mlp.relu{number}" for number in range(1, 21)]
     assert set(he.layers("activation_variance")) == {*HIDDEN, *relu, "mlp.head"}
     assert set(he.layers("gradient_norm")) == {*HIDDEN, "mlp.head"}
@@ -110,7 +128,7 @@ def test_tensorboard_has_every_layer_in_one_chart(he: Run) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # ModelCheckpoint: no logger, other folder
-def test_the_config_beside_the_logs_tests_the_checkpoint(he: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_config_tests_its_checkpoint(he: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-init"])
     config = he.directory / "config.yaml"
     assert yaml.safe_load(config.read_text())["init"]["init_args"]["scheme"] == "he_normal"
@@ -119,7 +137,7 @@ def test_the_config_beside_the_logs_tests_the_checkpoint(he: Run, monkeypatch: p
     assert cli.trainer.callback_metrics["test_accuracy"] == pytest.approx(held_out_accuracy(he.checkpoint))
 
 
-def test_the_table_has_both_runs_side_by_side(he: Run, default: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_both_runs_side_by_side(he: Run, default: Run, capsys: pytest.CaptureFixture[str]) -> None:
     table.main([str(default.directory), str(he.directory)])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -131,14 +149,14 @@ def test_the_table_has_both_runs_side_by_side(he: Run, default: Run, capsys: pyt
     assert lines[-1].startswith("Every layer in one chart: tensorboard --logdir ")
 
 
-def test_colors_tell_how_far_a_number_lies_below_the_largest() -> None:
+def test_table_colors_depend_on_the_ratio_to_the_largest() -> None:
     assert [table.cell(value, 1.0).style for value in (1.0, 2e-3, 5e-4, 2e-6, 5e-7, 0.0)] == [
         *("green", "green", "yellow", "yellow", "red", "red")
     ]
     assert table.cell(0.0, 0.0).style == "red"
 
 
-def test_the_picture_draws_every_layer(he: Run, default: Run, tmp_path: Path) -> None:
+def test_picture_draws_every_layer(he: Run, default: Run, tmp_path: Path) -> None:
     figure = picture.picture([default, he], [0.1, 0.9])
     charts = [axes for axes in figure.axes if axes.get_lines()]
     assert len(charts) == 2 * len(picture.STATS)
@@ -148,6 +166,6 @@ def test_the_picture_draws_every_layer(he: Run, default: Run, tmp_path: Path) ->
         assert image.width > 1000
 
 
-def test_without_runs_the_table_says_what_to_do(tmp_path: Path) -> None:
+def test_run_without_event_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no TensorBoard event file in .*; train first: make demo"):
         Run.read(tmp_path)

@@ -82,7 +82,7 @@ def test_no_file_imports_itself_through_others() -> None:
 @pytest.mark.parametrize(
     "file", [file for file in FILES if top(file) in NO_LIGHTNING], ids=lambda file: str(file.relative_to(PACKAGE))
 )
-def test_the_mathematics_knows_no_lightning(file: Path) -> None:
+def test_mathematics_knows_no_lightning(file: Path) -> None:
     hosts = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
     assert not hosts & {module.partition(".")[0] for module, _ in imports_of(file)}
 

@@ -7,11 +7,15 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
+COMPILERS = ["cc", "false"]
 MEASURE = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]  # this wheel, nothing else
@@ -37,23 +41,40 @@ def build(folder: Path, **environment: str) -> None:
         archive.extractall(folder / "unpacked")
 
 
-@pytest.mark.parametrize("compiler", ["cc", "false"])
-def test_wheel(compiler: str, tmp_path: Path) -> None:
-    build(tmp_path, CC=compiler)
-    package = tmp_path / "unpacked" / "lightning_init"
-    kept = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
-    sources = {path.relative_to(ROOT / "lightning_init").as_posix() for path in (ROOT / "lightning_init").rglob("*.py")}
-    compiled = {name for name in kept if name.endswith(".so")}
-    assert kept == sources | compiled | {"py.typed", "_sums.pyi"}
-    assert len(compiled) == (compiler == "cc")
-    printed = subprocess.run(
+def build_and_measure(folder: Path, compiler: str) -> str:
+    """What a Python prints that finds nothing but the unpacked wheel."""
+    build(folder, CC=compiler)
+    return subprocess.run(
         [sys.executable, "-c", MEASURE],
-        cwd=package.parent,
-        env={**os.environ, "PYTHONPATH": str(package.parent)},
+        cwd=folder / "unpacked",
+        env={**os.environ, "PYTHONPATH": str(folder / "unpacked")},
         check=True,
         capture_output=True,
         text=True,
         timeout=100,
     ).stdout
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """For both compilers the unpacked wheel and what it printed; at the same time, for most of it is waiting."""
+    folders = {compiler: tmp_path_factory.mktemp(compiler) for compiler in COMPILERS}
+    with ThreadPoolExecutor() as pool:
+        printed = pool.map(build_and_measure, folders.values(), folders)
+        return {name: (folders[name] / "unpacked", text) for name, text in zip(folders, printed, strict=True)}
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_wheel_with_and_without_a_c_compiler(compiler: str, wheels: dict[str, tuple[Path, str]]) -> None:
+    unpacked, printed = wheels[compiler]
+    package, source = unpacked / "lightning_init", ROOT / "lightning_init"
+    kept = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    sources = {
+        path.relative_to(source).as_posix() for kind in ("*.py", "*.pyi", "native/*.md") for path in source.rglob(kind)
+    }
+    compiled = {name for name in kept if name.endswith(".so")}
+    assert kept == sources | compiled | {"py.typed"}
+    assert "native/_sums.pyi" in kept
+    assert len(compiled) == (compiler == "cc")
     expected = "Moments(n=12, sums=tensor([18., 22., 26.], dtype=torch.float64), squares=506.0)"
     assert printed.strip() == f"{compiler == 'cc'} {expected}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -28,12 +29,13 @@ def test_digits_are_standardised() -> None:
     assert pixels.var().item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [DigitsMLP, DigitsConvNet, DigitsLSTM, DigitsTransformer, partial(LateModule, mlp)],
     ids=["mlp", "conv", "lstm", "transformer", "late"],
 )
-def test_training_lowers_the_loss_and_repeats(build: type[DigitsModule]) -> None:
+def test_models_lower_the_loss_and_repeat(build: Callable[..., DigitsModule]) -> None:
     def train() -> tuple[DigitsModule, float, float]:
         torch.manual_seed(0)
         model = build(learning_rate=1e-2)

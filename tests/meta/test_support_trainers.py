@@ -13,6 +13,8 @@ from tests.support.models import DigitsMLP, ShardedModule, mlp
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer, make_fsdp2_trainer
 
+pytestmark = pytest.mark.processes
+
 
 def trained_weights(kind: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)

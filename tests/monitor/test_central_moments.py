@@ -33,7 +33,7 @@ def close(central: CentralMoments, values: Tensor) -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_far_from_zero(mean: float, dtype: torch.dtype) -> None:
+def test_central_moments_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     """At mean/std = 1e4 a raw fourth power in float64 has nothing left of the kurtosis."""
     torch.manual_seed(0)
     values = (torch.randn(40, 5) + mean).to(dtype)
@@ -41,7 +41,7 @@ def test_far_from_zero(mean: float, dtype: torch.dtype) -> None:
     close(central, values)
 
 
-def test_blocks_are_merged() -> None:
+def test_central_moments_of_blocks_are_merged() -> None:
     values = torch.linspace(-1, 3, 2 * _BLOCK + 77)
     central = central_moments_of(values)
     centred = values.double() - values.double().mean()
@@ -49,13 +49,13 @@ def test_blocks_are_merged() -> None:
     assert central.third.item() == pytest.approx((centred**3).sum().item(), abs=1e-6)
 
 
-def test_about_any_centre() -> None:
+def test_central_moments_shifted_to_any_centre() -> None:
     values = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
     powers = shifted_to(central_moments_of(values), torch.tensor(3.0, dtype=torch.float64))
     assert [power.item() for power in powers] == pytest.approx([((values - 3) ** k).sum().item() for k in (2, 3, 4)])
 
 
-def test_nothing_changes_nothing() -> None:
+def test_central_moments_of_nothing_merge_to_the_same() -> None:
     nothing, something = central_moments_of(torch.empty(0, 3)), central_moments_of(torch.tensor([1.0, 5.0]))
     for merged in (merge_central(nothing, something), merge_central(something, nothing)):
         assert torch.equal(torch.stack(merged), torch.stack(something))
@@ -68,7 +68,9 @@ def test_nothing_changes_nothing() -> None:
     data=st.data(),
 )
 @settings(deadline=None)
-def test_split_anywhere_merge_in_any_order(numbers: list[float], cuts: list[int], data: st.DataObject) -> None:
+def test_central_moments_split_anywhere_merge_in_any_order(
+    numbers: list[float], cuts: list[int], data: st.DataObject
+) -> None:
     values = torch.tensor(numbers, dtype=torch.float64)
     edges = [0, *sorted(min(cut, len(numbers)) for cut in cuts), len(numbers)]
     parts = [central_moments_of(values[a:b]) for a, b in itertools.pairwise(edges)]

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector, LayerRecord
 from lightning_init.monitor.moments import signal_variance, variance
 from lightning_init.monitor.statistics import DEFAULT_STATS
+from tests.support.modules import Checkpointed
 from tests.support.oracle import Watched
-
-Loss = Callable[[nn.Module, Tensor], Tensor]
-
-
-def squared(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x).square().mean()
-
-
-def fail(name: str, error: Exception) -> None:
-    raise AssertionError(name) from error
+from tests.support.recording import Loss, fail, squared
 
 
 def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, LayerRecord]:
@@ -35,7 +24,7 @@ def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: fl
     tap.attach()
     value = sum(loss(network, x) for x in inputs)
     tap.gradient_factor = factor
-    value.backward()  # type: ignore[union-attr]
+    value.backward()
     tap.detach()
     return tap.drain()
 
@@ -45,7 +34,7 @@ def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squar
     slow = copy.deepcopy(network).double()
     records = tapped(network, *inputs, loss=loss)
     watched = Watched(slow, records)
-    sum(loss(slow, x.double()) for x in inputs).backward()  # type: ignore[union-attr]
+    sum(loss(slow, x.double()) for x in inputs).backward()
     for name, record in records.items():
         outputs = torch.cat([output.flatten() for output in watched.outputs[name]])
         gradients = torch.cat([gradient.flatten() for gradient in watched.gradients[name]])
@@ -59,7 +48,7 @@ def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squar
     return records
 
 
-class Residual(nn.Module):
+class InPlaceResidual(nn.Module):
     """``out += x`` and an in-place ReLU behind a Linear, whose output is a view for three dimensions."""
 
     def __init__(self) -> None:
@@ -74,9 +63,9 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (4, 5, 6)])
-def test_in_place_operations(shape: tuple[int, ...]) -> None:
+def test_collector_with_in_place_operations(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    records = assert_equals_oracle(Residual(), torch.randn(shape))
+    records = assert_equals_oracle(InPlaceResidual(), torch.randn(shape))
     assert list(records) == ["a", "act", "b"]
 
 
@@ -93,30 +82,21 @@ class Calls(nn.Module):
         return self.act(self.b(x) + 1)
 
 
-def test_modules_called_several_times() -> None:
+def test_collector_of_modules_called_several_times() -> None:
     torch.manual_seed(0)
     records = assert_equals_oracle(Calls(), torch.randn(8, 6), torch.randn(3, 6))
     assert {units: m.n for units, m in records["act"].outputs.items()} == {6: 3 * 11 * 6, 4: 11 * 4}
     assert records["a"].outputs[6].n == 3 * 11 * 6
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant: bool) -> None:
-        super().__init__()
-        self.a, self.b = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 6)
-        self.run: Callable[..., Any] = partial(checkpoint, use_reentrant=reentrant)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.b(x)  # reentrant checkpointing needs an input with a gradient
-        return self.b(self.run(self.a, x))
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant: bool) -> None:
+def test_collector_with_activation_checkpointing(reentrant: bool) -> None:
     torch.manual_seed(0)
-    network = Checkpointed(reentrant)
+    twice = nn.Linear(6, 6)
+    block = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    network = Checkpointed(twice, [block], twice, reentrant=reentrant)
     plain = copy.deepcopy(network)
-    plain.run = lambda function, x: function(x)
+    plain.recompute = False
     x = torch.randn(8, 6)
     with_it, without = tapped(network, x), tapped(plain, x)
     assert_equals_oracle(plain, x)
@@ -140,7 +120,7 @@ def penalized(network: nn.Module, x: Tensor) -> Tensor:
     return value + gradient.square().sum()
 
 
-def test_only_the_announced_backward_counts() -> None:
+def test_collector_records_the_announced_backward_only() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     records = tapped(network, torch.randn(8, 6), loss=penalized)
@@ -156,7 +136,7 @@ def test_only_the_announced_backward_counts() -> None:
     tap.detach()
 
 
-def test_only_what_counts_counts() -> None:
+def test_collector_records_only_when_it_should() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
     tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     counts = False
@@ -171,7 +151,7 @@ def test_only_what_counts_counts() -> None:
     assert tap.drain() == {}
 
 
-def test_gradients_are_scaled_and_can_be_left_out() -> None:
+def test_collector_scales_gradients_or_leaves_them_out() -> None:
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(8, 6)
     one, quarter = tapped(network, x)["0"].gradients, tapped(network, x, factor=0.25)["0"].gradients
@@ -201,12 +181,12 @@ class Branches(nn.Module):
 
 
 @pytest.mark.parametrize("change", [False, True])
-def test_an_owner_that_returns_its_childs_tensor(change: bool) -> None:
+def test_collector_of_an_owner_that_returns_its_childs_tensor(change: bool) -> None:
     records = tapped(nn.Sequential(Branches(change), nn.Linear(6, 1)), torch.randn(8, 6))
     assert list(records) == (["0.inner", "0", "1"] if change else ["0.inner", "1"])
 
 
-def test_an_activation_has_the_units_of_what_it_follows() -> None:
+def test_units_of_an_activation_are_those_of_its_predecessor() -> None:
     """Images as high and wide as they are deep: only the predecessor knows the channels."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.0), nn.Tanh())
@@ -245,14 +225,14 @@ class Returns(nn.Module):
         return x
 
 
-def test_unusual_outputs() -> None:
+def test_collector_of_unusual_outputs() -> None:
     records = tapped(Choosy(), torch.randn(8, 6))
     assert records["expert"].outputs[6].n == 0
     assert records["scalar"].outputs[1].n == 1
     assert set(records) == {"expert", "scalar", "gate"}
 
 
-def test_a_view_of_a_view_is_two_outputs() -> None:
+def test_collector_of_a_view_of_a_view() -> None:
     """The second layer's output shares its base with the first's, but not its gradient."""
 
     class Split(nn.Module):
@@ -287,8 +267,8 @@ class Prompt(nn.Module):
         return self.tokens
 
 
-def test_no_hook_stays_on_a_parameter_that_was_an_output() -> None:
+def test_collector_leaves_no_hook_on_a_parameter_that_was_an_output() -> None:
     network = nn.Sequential(Prompt(), nn.Linear(8, 2))
-    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())  # type: ignore[operator]
+    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())
     assert records["0"].gradients is not None
     assert not network[0].tokens._backward_hooks

@@ -7,7 +7,6 @@ import gc
 import io
 import pickle
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector, in_backward_pass
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.monitor.test_collector import fail, squared
+from tests.support.faults import MOMENTS_OF, broken
+from tests.support.recording import fail, squared
 
 
-def test_activations_are_let_go() -> None:
+def test_activations_are_freed() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     kept: list[weakref.ref[Tensor]] = []
     tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
@@ -33,7 +33,7 @@ def test_activations_are_let_go() -> None:
     tap.detach()
 
 
-def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hook_that_fails_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[tuple[str, str]] = []
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     tap = ActivationCollector(
@@ -41,16 +41,13 @@ def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.Mon
     )
     tap.attach()
 
-    def broken(*args: Any) -> None:
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr("lightning_init.monitor.collector.moments_of", broken)
+    monkeypatch.setattr(MOMENTS_OF.target, broken)
     network(torch.randn(8, 6))
-    assert faults == [("0", "broken"), ("1", "broken")]
+    assert faults == [("0", "bad luck"), ("1", "bad luck")]
     tap.detach()
 
 
-def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
+def test_hooks_are_not_copied_or_pickled_with_a_model() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
     tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     tap.attach()
@@ -68,11 +65,11 @@ def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_a_backward_pass_knows_itself() -> None:
+def test_in_backward_pass_is_true_in_one_only() -> None:
     inside: list[bool] = []
     x = torch.ones(2, requires_grad=True)
     y = x * 2
-    y.register_hook(lambda gradient: inside.append(in_backward_pass()))  # type: ignore[no-untyped-call]
+    y.register_hook(lambda gradient: inside.append(in_backward_pass()))
     assert not in_backward_pass()
     y.sum().backward()
     assert inside == [True]
@@ -92,7 +89,7 @@ class Parts(nn.Module):
 
 
 @pytest.mark.parametrize(("part", "reached"), [(0, True), (1, False)])
-def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
+def test_output_among_others_of_its_node(part: int, reached: bool) -> None:
     """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
     torch.manual_seed(0)
     network = nn.Sequential(Parts())
@@ -110,7 +107,7 @@ def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (2, 4, 6)])
-def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
+def test_hook_of_the_user_changes_the_recorded_gradient(shape: tuple[int, ...]) -> None:
     """What flows into the layer is measured, whoever came first."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 6))
@@ -129,7 +126,7 @@ def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
     assert found[1] == pytest.approx(100 * found[0], rel=1e-6)
 
 
-def test_an_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
+def test_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
     """A hook on that tensor would end the process."""
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
     tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_init.monitor.collector import EagerMoment
 
 
-def test_hooks_that_come_late_fire_and_nothing_is_compiled_again() -> None:
+def test_hooks_added_late_run_without_recompilation() -> None:
     graphs: list[object] = []
 
     def count(graph: torch.fx.GraphModule, inputs: object) -> object:
@@ -36,7 +36,7 @@ def test_hooks_that_come_late_fire_and_nothing_is_compiled_again() -> None:
     assert len(graphs) == 1
 
 
-def test_a_stance_of_the_users_comes_back() -> None:
+def test_stance_of_the_user_is_restored() -> None:
     moment = EagerMoment()
     with torch.compiler.set_stance("fail_on_recompile"):
         before = torch._dynamo.eval_frame._stance
@@ -46,7 +46,7 @@ def test_a_stance_of_the_users_comes_back() -> None:
         assert torch._dynamo.eval_frame._stance == before
 
 
-def test_the_compiler_is_not_loaded_for_this(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiler_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     moment = EagerMoment()
     moment.start()

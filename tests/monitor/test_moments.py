@@ -65,7 +65,7 @@ def test_variances_are_exact(shape: tuple[int, ...], unit_dim: int) -> None:
 @pytest.mark.parametrize(
     ("mean", "std"), [(1e4, 1.0), (-1e4, 1.0), (1.0, 1e-4), (0.0, 1e-25), (0.0, 1e18), (1e-30, 1e-34)]
 )
-def test_any_magnitude_and_mean(mean: float, std: float) -> None:
+def test_variances_at_any_magnitude_and_mean(mean: float, std: float) -> None:
     """Mean/std of 1e4 costs a float64 square 1e-8; a float32 square would be gone, 0 or infinite."""
     torch.manual_seed(0)
     values = (torch.randn(64, 16, dtype=torch.float64) * std + mean).float()
@@ -77,7 +77,7 @@ def test_any_magnitude_and_mean(mean: float, std: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-def test_dtype_default_dtype_and_autocast_change_nothing(dtype: torch.dtype, default: torch.dtype) -> None:
+def test_moments_ignore_default_dtype_and_autocast(dtype: torch.dtype, default: torch.dtype) -> None:
     values = torch.arange(1, 97, dtype=torch.float64).reshape(16, 6).to(dtype)
     plain = moments_of(values, 1)
     assert float(variance(plain)) == pytest.approx(exact(values, 1)[0], rel=1e-12)
@@ -94,7 +94,7 @@ def test_dtype_default_dtype_and_autocast_change_nothing(dtype: torch.dtype, def
 
 
 @pytest.mark.parametrize("unit_dim", [0, 1, 2, 3, -2])
-def test_strides_do_not_matter(unit_dim: int) -> None:
+def test_moments_of_any_strides(unit_dim: int) -> None:
     torch.manual_seed(0)
     dense = torch.randn(4, 6, 5, 3)
     expected = moments_of(dense.clone(), unit_dim)
@@ -107,7 +107,7 @@ def test_strides_do_not_matter(unit_dim: int) -> None:
     assert not moments_of(dense, unit_dim).sums.requires_grad
 
 
-def test_blocks_cover_a_large_tensor_once() -> None:
+def test_moments_of_blocks_cover_a_large_tensor_once() -> None:
     """More than one block, the last one shorter; ones count themselves."""
     ones = torch.ones(3 * moments._BLOCK // 64 + 7, 64)
     measured = moments_of(ones, 1)
@@ -122,7 +122,7 @@ def test_blocks_cover_a_large_tensor_once() -> None:
     assert image.squares == image.n == 3 * 10 * moments._BLOCK // 4
 
 
-def test_two_to_the_25_elements() -> None:
+def test_moments_of_2_to_the_25_elements() -> None:
     """A float32 count would stop at 2^24; float32 sums of squares are off by 1e-5 and more."""
     torch.manual_seed(0)
     small = torch.randn(2**13, 64) + 100
@@ -135,7 +135,7 @@ def test_two_to_the_25_elements() -> None:
     assert float(signal_variance(measured)) == pytest.approx(expected, rel=1e-7)
 
 
-def test_nothing_is_not_a_number() -> None:
+def test_moments_of_nothing_are_nan() -> None:
     """An expert that saw no token."""
     nothing = moments_of(torch.empty(0, 5), 1)
     assert nothing.n == 0
@@ -148,20 +148,20 @@ def test_nothing_is_not_a_number() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_finite_stays_visible(bad: float) -> None:
+def test_moments_of_inf_and_nan_are_not_finite(bad: float) -> None:
     values = torch.ones(4, 3)
     values[1, 2] = bad
     assert not math.isfinite(variance(moments_of(values, 1)))
 
 
-def test_scale_is_the_moments_of_the_product() -> None:
+def test_scale_equals_the_moments_of_the_product() -> None:
     values = torch.arange(12.0, dtype=torch.float64).reshape(4, 3)
     for factor in (0.25, torch.tensor(0.25, dtype=torch.float64)):
         scaled = scale(moments_of(values, 1), factor)
         assert torch.equal(numbers(scaled), numbers(moments_of(values * 0.25, 1)))
 
 
-def test_pack_takes_what_is_known_and_what_is_on_a_device() -> None:
+def test_pack_takes_floats_and_tensors() -> None:
     on_device = torch.tensor(2.0, dtype=torch.float64)
     for some, expected in (([1.0, on_device, 3], [1, 2, 3]), ([], []), ([on_device], [2]), ([0.5], [0.5])):
         vector = pack(some, CPU)
@@ -179,7 +179,7 @@ NUMBERS = st.integers(-1000, 1000).map(lambda n: n / 2)
     data=st.data(),
 )
 @settings(deadline=None)
-def test_split_anywhere_merge_in_any_order(rows: list[list[float]], cuts: list[int], data: st.DataObject) -> None:
+def test_merge_of_any_split_in_any_order(rows: list[list[float]], cuts: list[int], data: st.DataObject) -> None:
     values = torch.tensor(rows)
     edges = [0, *sorted(min(cut, len(rows)) for cut in cuts), len(rows)]
     parts = [moments_of(values[a:b], 1) for a, b in itertools.pairwise(edges)]
@@ -199,7 +199,7 @@ def test_split_anywhere_merge_in_any_order(rows: list[list[float]], cuts: list[i
     shift=st.floats(-1e4, 1e4, width=32),
 )
 @settings(deadline=None)
-def test_any_numbers_against_fractions(rows: list[list[float]], shift: float) -> None:
+def test_moments_against_fractions(rows: list[list[float]], shift: float) -> None:
     values = torch.tensor(rows) + shift
     pooled, signal = exact(values, 1)
     # rounding of Σx²: n · 2^-53 of the mean square, twice
@@ -208,7 +208,7 @@ def test_any_numbers_against_fractions(rows: list[list[float]], shift: float) ->
     assert float(signal_variance(moments_of(values, 1))) == pytest.approx(signal, rel=1e-9, abs=bound)
 
 
-def test_many_merges_do_not_add_up_to_an_error() -> None:
+def test_merge_many_times_is_exact() -> None:
     """A recurrent cell is called once a position; each call alone is summed in float32."""
     torch.manual_seed(0)
     moments = moments_of(torch.randn(64, 64) + 3, 1)

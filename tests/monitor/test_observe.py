@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor, observe
+from tests.support.faults import MOMENTS_OF, broken
 from tests.support.models import digits, mlp
 from tests.support.oracle import BatchModule, MemoryLogger, assert_tags_close, cross_entropy, expected_tags
 from tests.support.trainers import make_trainer
@@ -23,7 +24,7 @@ def network() -> nn.Sequential:
     return mlp(16, 2)
 
 
-def test_the_numbers_of_the_monitor() -> None:
+def test_observe_gives_the_monitors_numbers() -> None:
     model, memory = network(), MemoryLogger()
     monitor = ActivationVarianceMonitor(1, stats=["default", "kurtosis", "weight_norm"])
     module = BatchModule(copy.deepcopy(model), [(PIXELS, CLASSES)])
@@ -36,7 +37,7 @@ def test_the_numbers_of_the_monitor() -> None:
     assert named == monitor.latest
 
 
-def test_all_passes_of_the_block_and_no_others() -> None:
+def test_observe_records_the_passes_of_its_block() -> None:
     model = network()
     slow = copy.deepcopy(model).double()
     cross_entropy(model, (PIXELS * 9, CLASSES))
@@ -56,32 +57,29 @@ def test_all_passes_of_the_block_and_no_others() -> None:
     assert again.values["activation_variance"]["0"] != expected["activation_variance/0"]
 
 
-def test_compiled_models_are_seen() -> None:
+def test_observe_of_a_compiled_model() -> None:
     model = torch.compile(network(), backend="eager")
     model(PIXELS)
-    with observe(model, layers=["?"]) as watching:  # type: ignore[arg-type]
+    with observe(model, layers=["?"]) as watching:
         model(PIXELS).sum().backward()
     assert list(watching.compute().values["gradient_variance"]) == ["0", "1", "2", "3", "4"]
 
 
-def test_bad_input() -> None:
+def test_observe_refuses_bad_input() -> None:
     with pytest.raises(ValueError, match=r"'6' matches no layer"):
         observe(network(), layers=["6"])
     with pytest.raises(ValueError, match=r"observe sees no optimizer step, which \['update_ratio'\] would need"):
         observe(network(), stats=["default", "update_ratio"])
 
 
-def test_errors_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observe_errors_are_raised_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the block his own; in measuring, told by compute."""
     model = network()
     with pytest.raises(ZeroDivisionError), observe(model):
         raise ZeroDivisionError
     assert not any(module._forward_hooks for module in model.modules())
 
-    def broken(*args: Any) -> None:
-        raise RuntimeError("bad luck")
-
-    monkeypatch.setattr("lightning_init.monitor.collector.moments_of", broken)
+    monkeypatch.setattr(MOMENTS_OF.target, broken)
     with observe(model) as watching:
         model(PIXELS)
     with pytest.raises(RuntimeError, match="observation has failed: rank 0: hook on layer '0': RuntimeError: bad luck"):
@@ -89,7 +87,7 @@ def test_errors_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("build", [nn.ReLU, partial(nn.Linear, 2, 2)])
-def test_a_model_without_layers(build: Any) -> None:
+def test_observe_of_a_model_without_layers(build: Any) -> None:
     """The model itself is none; its parameters are in the total."""
     model = build()
     with observe(model) as watching:

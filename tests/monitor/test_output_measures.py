@@ -39,11 +39,11 @@ def test_saturation_is_the_share_near_either_end(module: nn.Module, beyond: list
 @pytest.mark.parametrize(
     "module", [nn.ReLU(), nn.ReLU6(), nn.GELU(), nn.ELU(), nn.Softplus(), nn.LogSigmoid(), nn.Linear(2, 2)], ids=repr
 )
-def test_what_has_no_two_ends_does_not_saturate(module: nn.Module) -> None:
+def test_saturation_needs_two_ends(module: nn.Module) -> None:
     assert saturated(layer_of(module), torch.ones(3)) is None
 
 
-def test_a_sine_settles_nowhere() -> None:
+def test_saturation_of_a_sine_is_absent() -> None:
     class Sine(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.sin()
@@ -51,7 +51,7 @@ def test_a_sine_settles_nowhere() -> None:
     assert saturated(layer_of(Sine()), torch.ones(3)) is None
 
 
-def test_bins_are_powers_of_two_of_either_sign() -> None:
+def test_histogram_bins_are_powers_of_two_of_either_sign() -> None:
     assert len(EDGES) == 63
     assert list(EDGES) == sorted(EDGES)
     layer = layer_of(nn.Identity())
@@ -72,7 +72,7 @@ def test_bins_are_powers_of_two_of_either_sign() -> None:
     assert binned(layer, many.reshape(10, 100)).tolist() == expected
 
 
-def test_the_largest_magnitude() -> None:
+def test_activation_max_is_the_largest_magnitude() -> None:
     assert largest(torch.tensor([[1.0, -3.0], [2.0, 0.0]])).item() == 3.0
     assert math.isnan(largest(torch.tensor([1.0, math.nan])).item())
     assert largest(torch.empty(0, 2)).item() == 0.0

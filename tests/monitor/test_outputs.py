@@ -38,16 +38,16 @@ class Registry:
         ((INTEGERS, {"deep": ModelOutput(None, X)}),),
     ],
 )
-def test_first_floating_tensor(output: object) -> None:
+def test_first_floating_finds_the_tensor(output: object) -> None:
     assert first_floating(output) is X
 
 
 @pytest.mark.parametrize("output", [INTEGERS, None, 3.0, (), {}, "text", Registry(), ModelOutput, X.cfloat()])
-def test_no_floating_tensor(output: object) -> None:
+def test_first_floating_without_a_tensor(output: object) -> None:
     assert first_floating(output) is None
 
 
-def test_packed_sequence_is_its_data() -> None:
+def test_first_floating_of_a_packed_sequence_is_its_data() -> None:
     packed = pack_sequence([torch.ones(4, 2), torch.ones(1, 2)])
     assert first_floating(packed) is packed.data
     assert first_floating((packed, INTEGERS)) is packed.data
@@ -112,12 +112,12 @@ def test_units_of_other_modules() -> None:
     assert unit_dim((2, 16, 8), mixer) == 2
 
 
-def test_an_unlikely_rank_falls_back() -> None:
+def test_units_of_an_unlikely_rank_fall_back() -> None:
     assert unit_dim((5,), UnitRule(5, 1)) == 0
     assert unit_dim((4, 5), UnitRule(5, -3)) == 1
 
 
-def test_numbers_that_cannot_be_read_do_not_count() -> None:
+def test_first_floating_skips_tensors_that_cannot_be_read() -> None:
     """Sparse and nested tensors and the inside of ``torch.func`` are passed over; a plain neighbour counts."""
     plain = torch.ones(2)
     assert first_floating((plain.to_sparse(), plain)) is plain

@@ -1,4 +1,4 @@
-"""The torchmetrics state in one process. On ranks: tests/distributed/test_monitor_faults.py."""
+"""The torchmetrics state in one process. On ranks: tests/callbacks/test_monitor_faults_on_ranks.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_init.monitor.exchange import PackedState
 CPU = torch.device("cpu")
 
 
-def test_updates_add_up_and_reset_forgets() -> None:
+def test_packed_state_adds_up_updates_and_resets() -> None:
     state = PackedState(CPU)
     vector = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     state.update(vector)
@@ -23,7 +23,7 @@ def test_updates_add_up_and_reset_forgets() -> None:
     assert vector.tolist() == [1.0, 2.0, 3.0]
 
 
-def test_it_stays_float64() -> None:
+def test_packed_state_stays_float64() -> None:
     """2^53 is exact there and nowhere below; casts of a surrounding module must not reach it."""
     state = PackedState(CPU).bfloat16()
     state.update(torch.tensor([2.0**53 - 1], dtype=torch.float64))
@@ -31,7 +31,7 @@ def test_it_stays_float64() -> None:
     assert state.state_dict() == {}
 
 
-def test_it_pickles() -> None:
+def test_packed_state_pickles() -> None:
     state = PackedState(CPU)
     state.update(torch.ones(1, dtype=torch.float64))
     again = pickle.loads(pickle.dumps(state))

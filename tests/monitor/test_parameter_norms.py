@@ -35,7 +35,7 @@ def vector(norms: ParameterNorms) -> Tensor:
 
 
 @pytest.mark.parametrize("build", [mlp, conv_net])
-def test_layers_and_total(build: type) -> None:
+def test_gradient_norm_of_layers_and_total(build: type) -> None:
     network = with_gradients(build(), 64)
     measured = norms_of(network)
     assert measured.pop("total") == pytest.approx(
@@ -49,7 +49,7 @@ def test_layers_and_total(build: type) -> None:
 
 
 @pytest.mark.parametrize("magnitude", [1e-22, 1e-30, 1.0, 1e18])
-def test_any_magnitude(magnitude: float) -> None:
+def test_gradient_norm_at_any_magnitude(magnitude: float) -> None:
     """In float32 the squares are 62 % wrong at 1e-22, gone at 1e-30 and infinite from 1e19."""
     network = with_gradients(mlp(), 64)
     exact = torch.cat([p.grad.double().flatten() for p in network.parameters() if p.grad is not None]).norm()
@@ -60,7 +60,7 @@ def test_any_magnitude(magnitude: float) -> None:
     assert norms_of(network)["total"] == pytest.approx(rounded.item(), rel=BLOCKS)
 
 
-def test_tied_parameters_count_in_both_layers_and_once_in_total() -> None:
+def test_gradient_norm_of_tied_parameters_is_in_both_layers_and_once_in_total() -> None:
     network = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
     network[2].weight = network[0].weight
     measured = norms_of(with_gradients(network, 6))
@@ -69,7 +69,7 @@ def test_tied_parameters_count_in_both_layers_and_once_in_total() -> None:
     assert measured == {name: pytest.approx(norm, rel=BLOCKS) for name in ("total", "0", "2")}
 
 
-def test_only_what_steps_counts() -> None:
+def test_gradient_norm_of_stepped_parameters_only() -> None:
     """Another optimizer's gradients are stale; frozen parameters have none; the model's own are in total only."""
     network = with_gradients(mlp(depth=1), 64)
     only_first = norms_of(network, list(network[0].parameters()))
@@ -85,7 +85,7 @@ def test_only_what_steps_counts() -> None:
     assert measured["total"] ** 2 == pytest.approx(measured["2"] ** 2 + 12, rel=BLOCKS)
 
 
-def test_the_last_look_counts_and_is_forgotten() -> None:
+def test_gradient_norm_of_the_last_measurement_only() -> None:
     network = with_gradients(mlp(depth=1), 64)
     norms = ParameterNorms(find_layers(network), ["gradient_norm"])
     norms.before_step(whole_gradients(network.parameters()))
@@ -101,12 +101,12 @@ def test_the_last_look_counts_and_is_forgotten() -> None:
     assert len(norms.packed()) == norms.size
 
 
-def test_a_model_without_gradients() -> None:
+def test_gradient_norm_of_a_model_without_gradients() -> None:
     assert norms_of(nn.Sequential(nn.ReLU())) == {}
     assert norms_of(mlp()) == {}
 
 
-def test_optimizers_that_take_turns() -> None:
+def test_update_ratio_with_optimizers_that_take_turns() -> None:
     """Each step's parameters have their places; what two optimizers step adds up; a second look replaces the first."""
     network = with_gradients(mlp(depth=1), 64)
     gradients = whole_gradients(network.parameters())
@@ -125,7 +125,7 @@ def test_optimizers_that_take_turns() -> None:
     assert packed[0].count_nonzero() == packed[1].count_nonzero() == 4  # weight and bias, sums and counts
 
 
-def test_the_update_of_what_no_layer_owns_is_of_its_weight() -> None:
+def test_update_ratio_of_parameters_without_layer() -> None:
     """``total`` is over the same parameters above and below the line, however few layers were chosen."""
     network = with_gradients(mlp(), 64)
     every = ParameterNorms(find_layers(network), ["update_ratio"])

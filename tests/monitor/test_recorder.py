@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init import LayerStats
 from lightning_init.distributed import ranks
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.statistics import DEFAULT_STATS, LayerStats
+from lightning_init.monitor.statistics import DEFAULT_STATS
+from tests.support.faults import PACK, PACK_NORMS, broken, moments_of_layer
 from tests.support.models import mlp
 from tests.support.oracle import assert_tags_close, expected_tags
+from tests.support.recording import record_step
 
 CPU = torch.device("cpu")
 
 
 def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> LayerStats | None:
-    """One step without a Trainer."""
-    recorder.start()
-    recorder.collector.attach()
-    network.zero_grad()
-    loss = nn.functional.cross_entropy(network(x), y)
-    recorder.collector.gradient_factor = 1.0
-    loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
-    return recorder.exchange()
+    return record_step(recorder, network, lambda: nn.functional.cross_entropy(network(x), y))
 
 
 def batch(n: int = 16, width: int = 64) -> tuple[Tensor, Tensor]:
@@ -37,7 +30,7 @@ def batch(n: int = 16, width: int = 64) -> tuple[Tensor, Tensor]:
     return torch.randn(n, width), torch.arange(n) % 10
 
 
-def test_step_after_step() -> None:
+def test_recorder_step_after_step() -> None:
     torch.manual_seed(0)
     network = mlp()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
@@ -52,7 +45,7 @@ def test_step_after_step() -> None:
     assert recorder.silent_layers == []
 
 
-def test_large_layers_beside_small_ones() -> None:
+def test_recorder_of_large_and_small_layers() -> None:
     """Large outputs are summed in float32, small ones in float64; one vector holds both."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 10))
@@ -64,7 +57,7 @@ def test_large_layers_beside_small_ones() -> None:
     assert_tags_close(stats.tags, expected)
 
 
-def test_nothing_is_kept_for_the_next_step() -> None:
+def test_recorder_keeps_nothing_for_the_next_step() -> None:
     network = mlp()
     recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
     assert measure(recorder, network, *batch()) is not None
@@ -75,7 +68,7 @@ def test_nothing_is_kept_for_the_next_step() -> None:
     assert recorder.collector.drain() == {}
 
 
-def test_only_the_chosen_statistics_cost_anything() -> None:
+def test_recorder_measures_only_the_chosen_statistics() -> None:
     network = mlp()
     recorder = Recorder(find_layers(network), ["activation_variance"], CPU)
     stats = measure(recorder, network, *batch())
@@ -85,7 +78,7 @@ def test_only_the_chosen_statistics_cost_anything() -> None:
     assert not any(recorder.norms.packed())
 
 
-def test_an_unfinished_step_leaves_nothing() -> None:
+def test_recorder_forgets_an_unfinished_step() -> None:
     network, (x, y) = mlp(), batch()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
     recorder.collector.attach()
@@ -110,7 +103,7 @@ class Growing(nn.Module):
         return out + self.act(self.late(x)).mean() if self.grown else out
 
 
-def test_layers_that_appear_later() -> None:
+def test_recorder_of_layers_that_appear_later() -> None:
     torch.manual_seed(0)
     network = Growing()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
@@ -141,10 +134,10 @@ class Sequences(nn.Module):
         if self.calls == 1:
             x = self.rare(x)
         scores = self.act(x[:1] @ x.T)  # [1, batch]
-        return self.head(x) + scores.mean()  # type: ignore[no-any-return]
+        return self.head(x) + scores.mean()
 
 
-def test_widths_that_never_come_again_are_forgotten() -> None:
+def test_recorder_forgets_widths_that_do_not_recur() -> None:
     network = Sequences()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
     sizes = []
@@ -161,14 +154,10 @@ def test_widths_that_never_come_again_are_forgotten() -> None:
 
 @pytest.mark.parametrize(
     ("target", "where"),
-    [
-        ("lightning_init.monitor.collector.moments_of", "hook on layer '0'"),
-        ("lightning_init.monitor.exchange.VectorLayout.pack", "packing"),
-        ("lightning_init.monitor.parameter_norms.ParameterNorms.packed", "packing"),
-    ],
+    [moments_of_layer("0"), PACK, PACK_NORMS],
 )
 @pytest.mark.parametrize("healthy_steps", [0, 1])
-def test_a_fault_ends_it_with_its_cause(
+def test_recorder_fault_disables_it_with_the_cause(
     monkeypatch: pytest.MonkeyPatch, target: str, where: str, healthy_steps: int
 ) -> None:
     network = mlp()
@@ -176,28 +165,25 @@ def test_a_fault_ends_it_with_its_cause(
     for _ in range(healthy_steps):
         assert measure(recorder, network, *batch()) is not None
 
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("no such thing")
-
     monkeypatch.setattr(target, broken)
     assert measure(recorder, network, *batch()) is None
-    assert recorder.disabled_reason == f"rank 0: {where}: RuntimeError: no such thing"
+    assert recorder.disabled_reason == f"rank 0: {where}: RuntimeError: bad luck"
     monkeypatch.undo()
     assert measure(recorder, network, *batch()) is None
 
 
-def test_a_model_without_layers_is_measured_too() -> None:
+def test_recorder_of_a_model_without_layers() -> None:
     recorder = Recorder([], DEFAULT_STATS, CPU)
     stats = recorder.exchange()
     assert stats is not None
     assert stats.tags == {}
 
 
-def test_apples_devices_have_no_float64() -> None:
+def test_recorder_on_mps_uses_the_cpu() -> None:
     assert Recorder([], DEFAULT_STATS, torch.device("mps")).device == CPU
 
 
-def test_one_process_is_all_ranks() -> None:
+def test_ranks_of_one_process() -> None:
     vector = torch.tensor([1.0, 2.0])
     ranks.reduce_(vector)
     ranks.reduce_(vector, maximum=True)

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_init import LayerStats
 from lightning_init.introspect.activations import ActivationTraits
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.collector import LayerRecord
 from lightning_init.monitor.exchange import SecondPass, VectorLayout, slots_of
 from lightning_init.monitor.moments import merge, moments_of
 from lightning_init.monitor.parameter_norms import ParameterNorms
-from lightning_init.monitor.statistics import DEFAULT_STATS, LayerStats
+from lightning_init.monitor.statistics import DEFAULT_STATS
 from lightning_init.monitor.step_result import StepResult
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_variances_of_a_layer_with_two_widths() -> None:
     assert values["gradient_variance"] == values["gradient_norm"] == {}
 
 
-def test_dead_means_never_positive_anywhere() -> None:
+def test_dead_units_are_never_positive() -> None:
     first = moments_of(torch.tensor([[0.0, 0.0, 1e-30], [0.0, 1e-38, 0.0]]), 1)
     assert read({"relu": LayerRecord({3: first})}).values["dead_units"]["relu"] == 1 / 3
     later = merge(first, moments_of(torch.tensor([[5.0, 0.0, 0.0]]), 1))
@@ -57,7 +58,7 @@ def test_dead_means_never_positive_anywhere() -> None:
     assert read({"tanh": LayerRecord({3: first})}).values["dead_units"] == {}
 
 
-def test_what_was_not_measured_is_absent() -> None:
+def test_unmeasured_statistics_are_absent() -> None:
     """A width without elements among others, and a layer without any: no value, and no harm to the others."""
     nothing, gradients = moments_of(torch.empty(0, 4), 1), moments_of(torch.tensor([1.0, 3.0]))
     records = {
@@ -77,7 +78,7 @@ def test_norms_are_roots_in_execution_order() -> None:
     assert list(values["gradient_norm"].items()) == [("b", 3.0), ("a", 4.0), ("total", 5.0)]
 
 
-def test_rounding_never_makes_a_variance_negative() -> None:
+def test_variance_is_never_negative_by_rounding() -> None:
     constant = torch.full((1000, 3), 0.1)
     values = read({"a": LayerRecord({3: moments_of(constant, 1)}, moments_of(constant))}).values
     for stat in ("activation_variance", "signal_variance", "gradient_variance"):

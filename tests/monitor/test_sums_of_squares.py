@@ -27,7 +27,7 @@ SIZES = [0, 1, 3, 100, parameter_norms._SMALL, parameter_norms._SMALL + 1, 3 * p
 
 @given(st.lists(st.tuples(st.sampled_from(SIZES), st.sampled_from(["f4", "f8", "bf16"])), max_size=40))
 @settings(deadline=None, max_examples=30)
-def test_each_its_own(kinds: list[tuple[int, str]]) -> None:
+def test_sums_of_squares_one_per_tensor(kinds: list[tuple[int, str]]) -> None:
     """Small ones are summed together, and every one gets its own sum back, in its place."""
     dtypes = {"f4": torch.float32, "f8": torch.float64, "bf16": torch.bfloat16}
     generator = torch.Generator().manual_seed(len(kinds))
@@ -39,7 +39,7 @@ def test_each_its_own(kinds: list[tuple[int, str]]) -> None:
         assert found == pytest.approx(tensor.double().square().sum().item(), rel=1e-6)
 
 
-def test_more_than_one_group() -> None:
+def test_sums_of_squares_in_several_groups() -> None:
     """As many small tensors as make three groups: none is lost at the edges."""
     count = 3 * parameter_norms._TOGETHER // parameter_norms._SMALL + 1
     sums = sums_of_squares([torch.full((parameter_norms._SMALL,), float(i)) for i in range(count)])
@@ -48,20 +48,20 @@ def test_more_than_one_group() -> None:
 
 @pytest.mark.parametrize("size", [10, 2 * parameter_norms._SMALL])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-22, 1.0, 1e18])
-def test_any_magnitude(size: int, magnitude: float) -> None:
+def test_sums_of_squares_at_any_magnitude(size: int, magnitude: float) -> None:
     tensor = torch.linspace(0.5, 1, size) * magnitude
     (found,) = sums_of_squares([tensor])
     assert found == pytest.approx(tensor.double().square().sum().item(), rel=1e-6, abs=0)
 
 
-def test_strides_and_gradients_do_not_matter() -> None:
+def test_sums_of_squares_of_any_strides() -> None:
     tensor = torch.arange(12.0).reshape(3, 4)
     for same in (tensor.T, tensor.requires_grad_(), tensor.detach().T.contiguous().T):
         (found,) = sums_of_squares([same])
         assert found == 506.0
 
 
-def test_sparse_gradients_with_repeated_rows() -> None:
+def test_sums_of_squares_of_sparse_gradients_with_repeated_rows() -> None:
     sparse = nn.Embedding(10, 4, sparse=True)
     dense = copy.deepcopy(sparse)
     dense.sparse = False
@@ -74,7 +74,7 @@ def test_sparse_gradients_with_repeated_rows() -> None:
     assert of_sparse == pytest.approx(of_dense, rel=1e-6)
 
 
-def test_complex_gradients_count_with_both_parts() -> None:
+def test_sums_of_squares_of_complex_gradients() -> None:
     """A Fourier layer's weights are complex; a conversion to float64 would drop the imaginary part."""
     gradient = torch.randn(5, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     exact = gradient.to(torch.complex128).abs().square().sum().item()
@@ -82,6 +82,6 @@ def test_complex_gradients_count_with_both_parts() -> None:
         assert found == pytest.approx(exact, rel=1e-12)
 
 
-def test_ranks_that_hold_the_same_share_it() -> None:
+def test_sums_of_squares_of_replicas_are_shared() -> None:
     (quarter,) = sums_of_squares([torch.arange(6.0)], world_size=4)
     assert quarter * 4 == 55.0

@@ -8,10 +8,10 @@ from torch import nn
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.monitor.test_collector import fail
+from tests.support.recording import fail
 
 
-def test_an_activation_without_predecessor_learns_nothing_from_the_batch_before() -> None:
+def test_units_of_an_activation_without_predecessor_ignore_the_last_batch() -> None:
     """The Linear's three units are as many as the ReLU's input has rows: the last layer to run, but a batch ago."""
     network = nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
     tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)

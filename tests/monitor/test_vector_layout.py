@@ -23,7 +23,7 @@ def records() -> dict[str, LayerRecord]:
     }
 
 
-def test_every_number_has_its_place() -> None:
+def test_layout_packs_and_unpacks_every_number() -> None:
     layout = VectorLayout([A, B, C], norms=4, device=CPU)
     vector = layout.pack(records(), [10.0, 11.0, 12.0, 13.0], [0.0, 1.0])
     assert vector.dtype == torch.float64
@@ -44,7 +44,7 @@ def test_every_number_has_its_place() -> None:
     assert layout.size == sum(len(expected) for expected in parts.values())
 
 
-def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
+def test_layout_of_absent_records_is_zero_and_unknown_ones_are_left_out() -> None:
     known = VectorLayout([A, B], norms=2, device=CPU)
     assert known.knows({"b": LayerRecord({3: moments_of(torch.ones(1, 3), 1)})})
     assert not known.knows(records())
@@ -53,7 +53,7 @@ def test_what_is_absent_is_zero_and_what_is_unknown_is_left_out() -> None:
     assert vector[known.sums].tolist() == [1, 2, 0, 0, 0]
 
 
-def test_a_model_without_layers() -> None:
+def test_layout_of_a_model_without_layers() -> None:
     layout = VectorLayout([], norms=2, device=CPU)
     vector = layout.pack({}, [0.0, 0.0], [0.0, 0.0])
     assert vector.tolist() == [0.0] * (FLAGS + 2)
@@ -73,12 +73,12 @@ def test_slots_are_in_the_order_of_their_calls() -> None:
         ([], []),
     ],
 )
-def test_orders_of_ranks_are_merged(orders: list[list[Slot]], merged: list[Slot]) -> None:
+def test_slot_orders_of_ranks_are_merged(orders: list[list[Slot]], merged: list[Slot]) -> None:
     assert in_one_order(orders) == merged
 
 
 @given(st.lists(st.lists(st.integers(0, 8), unique=True), max_size=4))
-def test_merging_keeps_every_slot_once_and_the_first_order(numbers: list[list[int]]) -> None:
+def test_slot_orders_merged_keep_every_slot_once(numbers: list[list[int]]) -> None:
     orders = [[Slot(str(number), 1) for number in order] for order in numbers]
     merged = in_one_order(orders)
     assert sorted(merged) == sorted({slot for order in orders for slot in order})

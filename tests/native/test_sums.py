@@ -69,10 +69,11 @@ SHAPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize(("shape", "unit_dim"), SHAPES)
 @pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, -1e4])
-def test_any_shape_and_mean(shape: tuple[int, ...], unit_dim: int, mean: float) -> None:
+def test_native_sums_of_any_shape_and_mean(shape: tuple[int, ...], unit_dim: int, mean: float) -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=generator) + mean
     for dim in (unit_dim, None):
@@ -82,7 +83,7 @@ def test_any_shape_and_mean(shape: tuple[int, ...], unit_dim: int, mean: float) 
 
 @pytest.mark.parametrize("unit_dim", [0, 1, 2, 3, None])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (1, 0, 3, 2)])
-def test_dense_memory_is_read_in_its_own_order(order: tuple[int, ...], unit_dim: int | None) -> None:
+def test_native_sums_read_dense_memory_in_order(order: tuple[int, ...], unit_dim: int | None) -> None:
     """A transposed tensor costs no copy; its units are found where they lie."""
     generator = torch.Generator().manual_seed(0)
     inverse = sorted(range(4), key=order.__getitem__)
@@ -91,7 +92,7 @@ def test_dense_memory_is_read_in_its_own_order(order: tuple[int, ...], unit_dim:
     check(values, unit_dim, 2e-7)
 
 
-def test_dimensions_of_one_have_any_stride() -> None:
+def test_native_sums_of_dimensions_of_size_one() -> None:
     values = torch.arange(12.0).as_strided((3, 1, 4), (4, 1000, 1)).transpose(0, 2)
     for dim in (0, 1, 2):
         check(values, dim, 1e-12)
@@ -126,7 +127,7 @@ def test_dimensions_of_one_have_any_stride() -> None:
         "meta",
     ],
 )
-def test_what_cannot_be_read_from_memory_is_left(values: Tensor) -> None:
+def test_native_sums_leave_tensors_without_readable_memory(values: Tensor) -> None:
     assert moments._in_one_pass(values, 1) is None
     if not values.is_meta:
         assert moments_of(values, 1).squares == values.detach().double().square().sum().item()
@@ -135,7 +136,7 @@ def test_what_cannot_be_read_from_memory_is_left(values: Tensor) -> None:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("exponent", [-140, -70, -60, -50, 0, 45, 50, 60, 120])
 @pytest.mark.parametrize(("shape", "unit_dim"), [((256, 40), 1), ((4, 6, 2000), 1)])
-def test_any_magnitude(shape: tuple[int, ...], unit_dim: int, exponent: int) -> None:
+def test_native_sums_at_any_magnitude(shape: tuple[int, ...], unit_dim: int, exponent: int) -> None:
     """Squares leave float32 at 2^-75 and 2^64. Below 2^-126 the numbers themselves lose digits, for both paths."""
     generator = torch.Generator().manual_seed(0)
     check(torch.randn(shape, generator=generator) * 2.0**exponent, unit_dim, 2e-7)
@@ -144,7 +145,7 @@ def test_any_magnitude(shape: tuple[int, ...], unit_dim: int, exponent: int) -> 
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("size", [0.7, 1 / 3, 1 / 300, 1.1])
 @pytest.mark.parametrize(("shape", "unit_dim"), [((2048, 256), 1), ((16, 32, 1024), 1)])
-def test_equal_magnitudes_round_the_same_way(size: float, shape: tuple[int, ...], unit_dim: int) -> None:
+def test_native_sums_of_equal_magnitudes(size: float, shape: tuple[int, ...], unit_dim: int) -> None:
     """The gradient of a mean absolute error: a dot product in float32 is off by up to 2e-4 here."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
@@ -156,9 +157,7 @@ def test_equal_magnitudes_round_the_same_way(size: float, shape: tuple[int, ...]
 @pytest.mark.parametrize(("shape", "unit_dim"), [((256, 64), 1), ((2, 3, 4096), 1)])
 @pytest.mark.parametrize("place", [0, 1, 77])
 @pytest.mark.parametrize("size", [1e3, 1e8])
-def test_an_outlier_hides_nothing_wherever_it_stands(
-    shape: tuple[int, ...], unit_dim: int, place: int, size: float
-) -> None:
+def test_native_sums_beside_an_outlier(shape: tuple[int, ...], unit_dim: int, place: int, size: float) -> None:
     """As a block's first number, it is near the centre that distances are taken from."""
     for rest in (torch.zeros(shape), torch.randn(shape, generator=torch.Generator().manual_seed(0))):
         rest.view(-1)[place] = size
@@ -168,7 +167,7 @@ def test_an_outlier_hides_nothing_wherever_it_stands(
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("shape", "unit_dim"), [((256, 64), 1), ((2, 3, 4096), 1)])
-def test_what_is_not_finite_stays_visible_in_its_unit(bad: float, shape: tuple[int, ...], unit_dim: int) -> None:
+def test_native_sums_of_inf_and_nan_per_unit(bad: float, shape: tuple[int, ...], unit_dim: int) -> None:
     values = torch.ones(shape)
     values.view(-1)[100] = bad
     found = compiled(values, unit_dim)
@@ -177,7 +176,7 @@ def test_what_is_not_finite_stays_visible_in_its_unit(bad: float, shape: tuple[i
     assert found.sums.isfinite().sum() == len(found.sums) - 1
 
 
-def test_a_unit_is_dead_only_if_every_number_is_zero() -> None:
+def test_native_sums_of_a_unit_are_zero_only_if_it_is_dead() -> None:
     values = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)).relu()
     values[:, ::2] = 0
     values[0, 2], values[33, 4], values[-1, 6] = 1e-38, 0.1, 1e-20
@@ -195,14 +194,14 @@ def test_a_unit_is_dead_only_if_every_number_is_zero() -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(deadline=None)
-def test_any_sizes(rows: int, units: int, inner: int, mean: float, seed: int) -> None:
+def test_native_sums_of_any_sizes(rows: int, units: int, inner: int, mean: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows, units, inner, generator=generator) + mean
     check(values, 1, 1e-6)
     check(values, None, 1e-6)
 
 
-def test_equal_blocks_add_up() -> None:
+def test_native_sums_of_equal_blocks() -> None:
     """2²² elements far from zero, every row the same: naive addition would round each block the same way."""
     row = torch.randn(1024, generator=torch.Generator().manual_seed(0)) - 1e4
     for values, dim in ((row.repeat(4096, 1), 1), (row.repeat(4096), None)):
@@ -210,7 +209,7 @@ def test_equal_blocks_add_up() -> None:
         assert float(variance(compiled(values, dim))) == pytest.approx(expected, rel=3e-6)
 
 
-def test_memory_is_written_over_only_if_it_fits() -> None:
+def test_native_sums_reuse_memory_only_if_it_fits() -> None:
     values = torch.ones(4, 3)
     own = torch.empty(3, dtype=torch.float64)
     assert moments_of(values, 1, own).sums is own
@@ -222,8 +221,8 @@ def test_memory_is_written_over_only_if_it_fits() -> None:
     assert torch.equal(torch.as_tensor(scalar.sums), torch.tensor([2.0], dtype=torch.float64))
 
 
-def test_wrong_arguments_are_errors() -> None:
+def test_native_arguments_are_checked() -> None:
     with pytest.raises(TypeError, match="takes 2 arguments, 1 given"):
         _sums.whole(0)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
-        _sums.whole("address", 3)  # type: ignore[arg-type]
+        _sums.whole("address", 3)

@@ -6,34 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.init import _calculate_fan_in_and_fan_out
 
-from lightning_init.introspect.roles import fans_of, role_of
-from lightning_init.schemes.fans import (
-    Fans,
-    bilinear_fans,
-    conv_fans,
-    conv_transpose_fans,
-    embedding_bag_fans,
-)
+from lightning_init import Fans, fans_of
+from lightning_init.introspect.roles import role_of
+from lightning_init.schemes.fans import bilinear_fans, conv_fans, conv_transpose_fans, embedding_bag_fans
+from tests.support.modules import TransformersConv1D
 from tests.support.simulation import Case, attention, convolution, measure, recurrent, zeroed
-
-
-class TransformersConv1D(nn.Module):
-    """As transformers writes it: a Linear stored (in, out), known by its qualified name."""
-
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__()
-        self.nf = out_features
-        self.weight = nn.Parameter(torch.zeros(in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-TransformersConv1D.__module__, TransformersConv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
 def matrix(name: str, module: nn.Module, shape: tuple[int, ...]) -> Case:
@@ -100,8 +80,9 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_both_fans_keep_a_variance_of_one(case: Case) -> None:
+def test_fans_keep_a_variance_of_one(case: Case) -> None:
     role = role_of(case.module, case.parameter)
     assert role is not None
     fans = fans_of(case.module, case.parameter)
@@ -130,7 +111,7 @@ def test_both_fans_keep_a_variance_of_one(case: Case) -> None:
         ("Bilinear", 1, 1),
     ],
 )
-def test_what_torchs_fans_would_give(name: str, forward: float, backward: float) -> None:
+def test_fans_by_torch_give_another_variance(name: str, forward: float, backward: float) -> None:
     (case,) = [case for case in CASES if case.name == name]
     role = role_of(case.module, case.parameter)
     assert role is not None
@@ -159,7 +140,7 @@ def test_attention_logits_have_unit_variance_only_with_fans_per_slice(packed: bo
     assert logits.std().item() == pytest.approx(expected * math.sqrt(1 - 1 / tokens), rel=0.04)
 
 
-def test_phases_of_a_transposed_convolution_differ_unless_the_stride_divides_the_kernel() -> None:
+def test_transposed_convolution_phases_differ_unless_the_stride_divides_the_kernel() -> None:
     """Kernel 3, stride 2: 2 or 1 taps a dimension against 1.5 on average: 16/9, 8/9, 8/9, 4/9."""
     generator = torch.Generator().manual_seed(0)
     for kernel, expected in ((3, (16 / 9, 8 / 9, 8 / 9, 4 / 9)), (4, (1, 1, 1, 1))):
@@ -175,7 +156,7 @@ def test_phases_of_a_transposed_convolution_differ_unless_the_stride_divides_the
 
 @pytest.mark.parametrize("bag_size", [1, 4, 16])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
-def test_embedding_bags(mode: str, bag_size: int) -> None:
+def test_embedding_bag_fans(mode: str, bag_size: int) -> None:
     bag = nn.EmbeddingBag(2000, 64, mode=mode)
     generator = torch.Generator().manual_seed(0)
     fan_in = fans_of(bag, "weight", bag_size=bag_size).fan_in
@@ -186,7 +167,7 @@ def test_embedding_bags(mode: str, bag_size: int) -> None:
     assert output.square().mean().item() == pytest.approx(1, rel=0.04)
 
 
-def test_indices_have_no_gradient_and_a_maximum_no_fan() -> None:
+def test_fans_of_indices_and_of_a_maximum_are_absent() -> None:
     for module in (nn.Embedding(10, 4), nn.EmbeddingBag(10, 4, mode="max")):
         fan_in, fan_out = fans_of(module, "weight")
         assert fan_in == 1
@@ -194,7 +175,7 @@ def test_indices_have_no_gradient_and_a_maximum_no_fan() -> None:
     assert math.isnan(embedding_bag_fans("max", 2).fan_in)
 
 
-def test_the_arithmetic() -> None:
+def test_fans_arithmetic() -> None:
     assert conv_fans(32, 64, (3, 5), (2, 1), groups=4) == Fans(8 * 15, 16 * 15 / 2)
     assert conv_transpose_fans(32, 64, (3, 5), (2, 1), groups=4) == Fans(8 * 15 / 2, 16 * 15)
     assert bilinear_fans(3, 5, 7) == Fans(15, 35)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor, nn
 
+from lightning_init import gain_of
 from lightning_init.schemes import quadrature
-from lightning_init.schemes.gains import ACTIVATIONS, GATES, gain_of
+from lightning_init.schemes.gains import ACTIVATIONS, GATES
 
 # Five digits each, from quadrature at 30 digits with the kinks given.
 TABLE: dict[str, tuple[float, float]] = {
@@ -37,14 +38,14 @@ GATE_TABLE = {"swiglu": 1.67653, "geglu": 1.53353, "reglu": 1.41421, "glu": 1.84
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_the_published_digits(name: str) -> None:
+def test_gain_of_published_digits(name: str) -> None:
     forward, backward = TABLE[name]
     assert gain_of(name) == pytest.approx(forward, abs=1e-5)
     assert gain_of(name, "backward") == pytest.approx(backward, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", GATE_TABLE)
-def test_a_gated_unit_needs_the_gain_of_its_gate(name: str) -> None:
+def test_gain_of_a_gated_unit_is_that_of_its_gate(name: str) -> None:
     assert gain_of(name) == pytest.approx(GATE_TABLE[name], abs=1e-5)
 
 
@@ -67,14 +68,14 @@ def test_a_gated_unit_needs_the_gain_of_its_gate(name: str) -> None:
         (nn.RReLU(0.1, 0.3), (2 / 1.04) ** 0.5, (2 / 1.04) ** 0.5),  # in eval mode, the mean slope
     ],
 )
-def test_modules_have_closed_forms(module: nn.Module, forward: float, backward: float) -> None:
+def test_gain_of_modules_in_closed_form(module: nn.Module, forward: float, backward: float) -> None:
     """To 1e-10, or to the float32 of a slope that is a parameter."""
     error = 1e-7 if isinstance(module, nn.PReLU) else 1e-10
     assert gain_of(module) == pytest.approx(forward, rel=error)
     assert gain_of(module, "backward") == pytest.approx(backward, rel=error)
 
 
-def test_a_modules_arguments_count() -> None:
+def test_gain_depends_on_a_modules_arguments() -> None:
     assert gain_of(nn.GELU(approximate="tanh")) == gain_of("gelu_tanh") != gain_of("gelu")
     assert gain_of(nn.ELU(alpha=0.5)) > gain_of(nn.ELU(alpha=1.0))
     assert gain_of(nn.GLU()) == gain_of("glu")
@@ -92,7 +93,7 @@ class Wave(nn.Module):
 
 
 @pytest.mark.parametrize("frequency", [0.5, 1.0, 30.0, 300.0])
-def test_a_learnable_activation(frequency: float) -> None:
+def test_gain_of_a_learnable_activation(frequency: float) -> None:
     """E[sin²(ωz)] = (1 - exp(-2ω²))/2, and its derivative is ω·cos(ωz)."""
     falloff = math.exp(-2 * frequency**2)
     assert gain_of(Wave(frequency)) == pytest.approx((2 / (1 - falloff)) ** 0.5, rel=1e-9)
@@ -102,7 +103,7 @@ def test_a_learnable_activation(frequency: float) -> None:
 
 @pytest.mark.parametrize("input_variance", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_simulation(name: str, input_variance: float) -> None:
+def test_gain_by_simulation(name: str, input_variance: float) -> None:
     """gain²·f(z)² averages to 1 over a sample; five standard errors of that sample's own mean."""
     generator = torch.Generator().manual_seed(0)
     a, b = math.sqrt(input_variance) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
@@ -113,7 +114,7 @@ def test_simulation(name: str, input_variance: float) -> None:
 
 @pytest.mark.parametrize("input_variance", [1.0, 0.3])
 @pytest.mark.parametrize("name", [*TABLE, *GATE_TABLE])
-def test_backward_simulation(name: str, input_variance: float) -> None:
+def test_gain_by_backward_simulation(name: str, input_variance: float) -> None:
     """A unit gradient at the output has second moment 1/gain² at the inputs, summed over a gate's two."""
     generator = torch.Generator().manual_seed(1)
     inputs = math.sqrt(input_variance) * torch.randn(2, 400_000, dtype=torch.float64, generator=generator)
@@ -138,7 +139,7 @@ KINKS = {
     shift=st.floats(-2, 2),
     input_variance=st.floats(0.05, 20),
 )
-def test_agrees_with_a_slow_quadrature_told_where_the_kinks_are(
+def test_gain_agrees_with_a_slow_quadrature_that_knows_the_kinks(
     name: str, scale: float, shift: float, input_variance: float
 ) -> None:
     def activation(z: Tensor) -> Tensor:
@@ -159,9 +160,7 @@ def test_agrees_with_a_slow_quadrature_told_where_the_kinks_are(
 
 @settings(deadline=None, max_examples=60)
 @given(name=st.sampled_from(sorted(ACTIVATIONS)), c=st.floats(0.05, 20), input_variance=st.floats(0.1, 10))
-def test_scaling_inside_is_input_variance_and_outside_divides_the_gain(
-    name: str, c: float, input_variance: float
-) -> None:
+def test_gain_of_scaled_functions(name: str, c: float, input_variance: float) -> None:
     f = ACTIVATIONS[name]
     assert gain_of(lambda z: f(c * z), input_variance=input_variance) == pytest.approx(
         gain_of(name, input_variance=c * c * input_variance), rel=1e-8
@@ -175,7 +174,7 @@ def test_scaling_inside_is_input_variance_and_outside_divides_the_gain(
 
 @given(input_variance=st.floats(1e-6, 1e6), slope=st.floats(0, 1))
 @settings(deadline=None)
-def test_homogeneous_activations_only_see_the_scale(input_variance: float, slope: float) -> None:
+def test_gain_of_homogeneous_activations_ignores_the_input_variance(input_variance: float, slope: float) -> None:
     leaky = nn.LeakyReLU(slope)
     assert gain_of(leaky, input_variance=input_variance) == pytest.approx(
         (2 / (1 + slope**2) / input_variance) ** 0.5, rel=1e-9
@@ -186,7 +185,7 @@ def test_homogeneous_activations_only_see_the_scale(input_variance: float, slope
 
 
 @pytest.mark.parametrize("shift", [0.0, 20.0])
-def test_a_gradient_that_lives_in_a_sliver_of_the_input(shift: float) -> None:
+def test_gain_of_a_gradient_in_a_narrow_interval(shift: float) -> None:
     """At q → ∞ tanh is a step: E[tanh′(z - shift)²] → ∫tanh′² · φ(0)/√q = 4/3 · φ(0)/√q."""
     input_variance = 1e12
     moment = 4 / 3 / math.sqrt(2 * math.pi * input_variance)
@@ -194,12 +193,12 @@ def test_a_gradient_that_lives_in_a_sliver_of_the_input(shift: float) -> None:
     assert gain == pytest.approx(moment**-0.5, rel=1e-6)
 
 
-def test_large_functions_do_not_overflow() -> None:
+def test_gain_of_large_functions_does_not_overflow() -> None:
     """E[e^(20z)] = e^200 for e^z at q = 100: values reach 1e165, whose square is no float64."""
     assert gain_of(torch.exp, input_variance=100.0) == pytest.approx(math.exp(-100), rel=1e-9)
 
 
-def test_nothing_of_the_callers_changes() -> None:
+def test_gain_of_changes_nothing() -> None:
     module = nn.Sequential(nn.PReLU(), nn.RReLU(), nn.Dropout(0.3)).train()
     calls: list[nn.Module] = []
     module.register_forward_hook(lambda called, inputs, output: calls.append(called))
@@ -217,7 +216,7 @@ def test_nothing_of_the_callers_changes() -> None:
     assert not calls
 
 
-def test_a_default_device_does_not_matter() -> None:
+def test_gain_of_ignores_the_default_device() -> None:
     def cubic(z: Tensor) -> Tensor:
         return z**3
 
@@ -227,14 +226,14 @@ def test_a_default_device_does_not_matter() -> None:
         assert gain_of(cubic) == pytest.approx(15**-0.5, rel=1e-10)  # E[z⁶] = 15
 
 
-def test_slopes_that_differ_count_by_their_squares() -> None:
+def test_gain_of_different_slopes_is_their_root_mean_square() -> None:
     module = nn.PReLU(num_parameters=2)
     with torch.no_grad():
         module.weight.copy_(torch.tensor([-0.3, 0.9]))
     assert gain_of(module) == pytest.approx((2 / (1 + (0.09 + 0.81) / 2)) ** 0.5, rel=1e-6)
 
 
-def test_functions_in_float32_will_do() -> None:
+def test_gain_of_functions_in_float32() -> None:
     assert gain_of(lambda z: z.float().relu()) == pytest.approx(2**0.5, rel=1e-6)
 
 
@@ -257,25 +256,27 @@ def test_functions_in_float32_will_do() -> None:
         (lambda z: 1 / z, "does not settle"),
     ],
 )
-def test_what_has_no_gain_says_why(activation: str | nn.Module | Callable[[Tensor], Tensor], message: str) -> None:
+def test_gain_that_does_not_exist_raises_with_the_reason(
+    activation: str | nn.Module | Callable[[Tensor], Tensor], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         gain_of(activation)
 
 
-def test_no_derivative_no_backward_gain() -> None:
+def test_gain_backward_needs_a_derivative() -> None:
     with pytest.raises(ValueError, match=r"E\[f′\(z\)²\] is 0.0 .*autograd sees no derivative"):
         gain_of(torch.sign, "backward")
     with pytest.raises(ValueError, match=r"E\[f′\(z\)²\] is 0.0"):
         gain_of(lambda z: z.detach(), "backward")
 
 
-def test_arguments_are_checked() -> None:
+def test_gain_of_checks_its_arguments() -> None:
     with pytest.raises(ValueError, match="direction is 'sideways'; allowed: forward, backward"):
-        gain_of("relu", "sideways")  # type: ignore[arg-type]
+        gain_of("relu", "sideways")
     for input_variance in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="input_variance must be a finite number above 0"):
             gain_of("relu", input_variance=input_variance)
     with pytest.raises(TypeError, match=r"an instance, not the class: ReLU\(\)"):
         gain_of(nn.ReLU)
     with pytest.raises(TypeError, match="a name, a module or a function, got 3"):
-        gain_of(3)  # type: ignore[arg-type]
+        gain_of(3)

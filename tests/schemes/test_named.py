@@ -12,20 +12,24 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.introspect.roles import fans_of
-from lightning_init.schemes.distributions import Constant, Distribution, Normal, Scheme, TruncatedNormal, Uniform
-from lightning_init.schemes.fans import Fans
-from lightning_init.schemes.named import (
+from lightning_init import (
     SCHEMES,
+    Constant,
+    Distribution,
+    Fans,
     FanScheme,
+    Normal,
+    Scheme,
     SchemeName,
     Siren,
     SmallInit,
+    TruncatedNormal,
+    Uniform,
     VarianceScaling,
-    name_of,
-    scheme_of,
+    fans_of,
+    initialize,
 )
+from lightning_init.schemes.named import name_of, scheme_of
 
 Std = Callable[[float, float], float]
 """From fan_in and fan_out to the standard deviation around 0."""
@@ -111,23 +115,23 @@ def drawn(name: str, layer: str) -> Tensor:
     return module.get_parameter(weight).detach().double()
 
 
-def test_every_name_is_in_a_table() -> None:
+def test_scheme_names_are_all_in_a_table() -> None:
     assert set(PAPERS) | STRUCTURED | {"torch_default"} == set(SCHEMES)
 
 
-def test_the_literal_and_the_mapping_have_the_same_names_in_the_same_order() -> None:
+def test_scheme_name_literal_has_the_names_of_the_mapping_in_order() -> None:
     assert list(get_args(SchemeName)) == list(SCHEMES)
 
 
 @layers
-def test_the_fans_of_the_table_are_the_modules(layer: str) -> None:
+def test_fans_of_the_table_are_the_modules(layer: str) -> None:
     make, weight, fan_in, fan_out = LAYERS[layer]
     assert fans_of(make(), weight) == Fans(fan_in, fan_out)
 
 
 @layers
 @pytest.mark.parametrize("name", [name for name, (_, kurtosis) in PAPERS.items() if kurtosis])
-def test_every_scheme_has_its_variance_in_every_layer(name: str, layer: str) -> None:
+def test_schemes_have_their_variance_in_every_layer(name: str, layer: str) -> None:
     """The std measured on n elements has a relative standard error of √((kurtosis - 1) / 4n): five of them."""
     formula, kurtosis = PAPERS[name]
     _, _, fan_in, fan_out = LAYERS[layer]
@@ -148,7 +152,7 @@ def test_zeros_and_ones(layer: str) -> None:
 
 @layers
 @pytest.mark.parametrize("name", ["he_normal", "xavier_uniform", "lecun_normal_truncated"])
-def test_every_scheme_has_its_shape(name: str, layer: str) -> None:
+def test_schemes_have_their_form_of_distribution(name: str, layer: str) -> None:
     formula, kurtosis = PAPERS[name]
     _, _, fan_in, fan_out = LAYERS[layer]
     values = (drawn(name, layer) / formula(fan_in, fan_out)).flatten().numpy()
@@ -179,7 +183,7 @@ def test_aliases_are_one_scheme_and_draw_the_same(names: tuple[str, str]) -> Non
 @pytest.mark.parametrize(("mode", "fan"), [("fan_in", 100), ("fan_out", 400), ("fan_avg", 250), ("fan_geo_avg", 200)])
 @pytest.mark.parametrize("shape", ["normal", "uniform", "truncated_normal"])
 def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -> None:
-    scheme = VarianceScaling(3.0, mode, shape)  # type: ignore[arg-type]
+    scheme = VarianceScaling(3.0, mode, shape)
     distribution = scheme.resolve(Fans(100, 400), scheme.gain)
     kind = {"normal": Normal, "uniform": Uniform, "truncated_normal": TruncatedNormal}[shape]
     assert type(distribution) is kind
@@ -187,7 +191,7 @@ def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -
     assert distribution.target_std == pytest.approx(math.sqrt(3 / fan), rel=1e-12)
 
 
-def test_fans_that_are_no_number() -> None:
+def test_variance_scaling_refuses_fans_that_are_no_number() -> None:
     """A lookup table's input has no gradient, so no fan_out."""
     table = Fans(1.0, math.nan)
     assert VarianceScaling().resolve(table, 1.0) == Normal(1.0)
@@ -228,7 +232,7 @@ def test_siren_keeps_the_signal_through_five_layers() -> None:
     assert stds[4] == pytest.approx(0.89, abs=0.05)
 
 
-def test_a_formula_of_ones_own() -> None:
+def test_scheme_of_a_users_formula() -> None:
     class HalfFanIn(FanScheme):
         def resolve(self, fans: Fans, gain: float) -> Distribution:
             return Constant(0.5 / fans.fan_in)
@@ -239,7 +243,7 @@ def test_a_formula_of_ones_own() -> None:
     assert report["weight"].target_std == 0
 
 
-def test_names_there_and_back() -> None:
+def test_name_of_inverts_scheme_of() -> None:
     for name, scheme in SCHEMES.items():
         assert scheme_of(name) is scheme
         assert scheme_of(name_of(scheme)) == scheme
@@ -252,18 +256,18 @@ def test_names_there_and_back() -> None:
     ("given", "nearest"),
     [("he_norml", "he_normal"), ("HE_NORMAL", None), ("xavier", "xavier_normal"), ("orthogonl", "orthogonal")],
 )
-def test_an_unknown_name_is_told_the_nearest(given: str, nearest: str | None) -> None:
+def test_unknown_scheme_error_names_the_nearest(given: str, nearest: str | None) -> None:
     end = rf"; did you mean '{nearest}'\?$" if nearest else ""
     with pytest.raises(ValueError, match=rf"^scheme is '{given}'; allowed: zeros, ones, .*, torch_default{end}"):
         scheme_of(given)
 
 
 @pytest.mark.parametrize("given", [None, 3, Normal, ["he_normal"]], ids=repr)
-def test_what_is_no_scheme(given: object) -> None:
+def test_scheme_of_refuses_what_is_no_scheme(given: object) -> None:
     with pytest.raises(
         TypeError, match=r"^a scheme is a name or a Scheme object, got .* of type (NoneType|int|ABCMeta|list)$"
     ):
-        scheme_of(given)  # type: ignore[arg-type]
+        scheme_of(given)
 
 
 @pytest.mark.parametrize(
@@ -271,25 +275,25 @@ def test_what_is_no_scheme(given: object) -> None:
     [
         (lambda: VarianceScaling(0), r"VarianceScaling\(scale\) must be a finite number above 0, got 0"),
         (
-            lambda: VarianceScaling(1, "fan_inn"),  # type: ignore[arg-type]
+            lambda: VarianceScaling(1, "fan_inn"),
             r"VarianceScaling\(mode\) is 'fan_inn'; allowed: fan_in, fan_out, fan_avg, fan_geo_avg; "
             r"did you mean 'fan_in'\?",
         ),
         (
-            lambda: VarianceScaling(1, "fan_in", "gaussian"),  # type: ignore[arg-type]
+            lambda: VarianceScaling(1, "fan_in", "gaussian"),
             r"VarianceScaling\(distribution\) is 'gaussian'; allowed: normal, uniform, truncated_normal",
         ),
         (lambda: SmallInit(0), r"SmallInit\(dim\) must be a finite number above 0, got 0"),
         (lambda: Siren(-30.0), r"Siren\(omega\) must be a finite number above 0, got -30.0"),
     ],
 )
-def test_bad_arguments(make: Callable[[], Scheme], message: str) -> None:
+def test_scheme_arguments_are_checked(make: Callable[[], Scheme], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make()
 
 
-def test_schemes_cannot_be_changed() -> None:
+def test_schemes_are_immutable() -> None:
     with pytest.raises(FrozenInstanceError):
-        SCHEMES["he_normal"].scale = 3.0  # type: ignore[attr-defined]
+        SCHEMES["he_normal"].scale = 3.0
     with pytest.raises(TypeError):
-        SCHEMES["mine"] = Normal()  # type: ignore[index]
+        SCHEMES["mine"] = Normal()

@@ -11,7 +11,7 @@ from lightning_init.schemes.quadrature import second_moment
 
 
 @pytest.mark.parametrize("power", range(8))
-def test_polynomials_are_exact(power: int) -> None:
+def test_quadrature_of_polynomials_is_exact(power: int) -> None:
     """E[z^(2k)] = (2k - 1)!! = 1·3·5·…"""
     moment = math.prod(range(1, 2 * power, 2))
     assert second_moment(lambda z: z**power) == pytest.approx(moment, rel=1e-11)
@@ -19,7 +19,7 @@ def test_polynomials_are_exact(power: int) -> None:
 
 @settings(deadline=None)
 @given(where=st.floats(-6, 6))
-def test_a_jump_anywhere(where: float) -> None:
+def test_quadrature_of_a_jump_anywhere(where: float) -> None:
     """P(z > where) = erfc(where/√2)/2."""
     expected = math.erfc(where / math.sqrt(2)) / 2
     assert second_moment(lambda z: (z > where).double()) == pytest.approx(expected, rel=1e-9, abs=1e-11)
@@ -27,7 +27,7 @@ def test_a_jump_anywhere(where: float) -> None:
 
 @settings(deadline=None)
 @given(where=st.floats(-3, 3), width=st.floats(1e-3, 1))
-def test_a_kink_anywhere(where: float, width: float) -> None:
+def test_quadrature_of_a_kink_anywhere(where: float, width: float) -> None:
     """A ramp of slope 1/width from 0 to 1: the smooth parts have closed forms in φ and Φ."""
 
     def density(z: float) -> float:
@@ -46,18 +46,18 @@ def test_a_kink_anywhere(where: float, width: float) -> None:
     assert measured == pytest.approx(ramp + beyond(end), abs=1e-8)
 
 
-def test_tails_that_do_not_fall_off_are_infinite() -> None:
+def test_quadrature_of_tails_that_do_not_fall_off_is_infinite() -> None:
     assert second_moment(lambda z: torch.exp(z.square() / 4)) == math.inf
     assert second_moment(lambda z: torch.exp(z.square())) == math.inf
     # E[exp(0.4 z²)] = (1 - 0.8)^(-1/2): heavy, and finite
     assert second_moment(lambda z: torch.exp(0.2 * z.square())) == pytest.approx(5**0.5, rel=1e-10)
 
 
-def test_what_is_nowhere_defined_is_nan() -> None:
+def test_quadrature_of_an_undefined_function_is_nan() -> None:
     assert math.isnan(second_moment(torch.sqrt))
 
 
 @pytest.mark.parametrize("function", [torch.reciprocal, lambda z: torch.sin(1e7 * z)])
-def test_what_does_not_settle_is_refused(function: object) -> None:
+def test_quadrature_that_does_not_converge_is_refused(function: object) -> None:
     with pytest.raises(ValueError, match="singularity or oscillates too fast"):
-        second_moment(function)  # type: ignore[arg-type]
+        second_moment(function)

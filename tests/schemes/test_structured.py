@@ -12,21 +12,20 @@ import torch
 from scipy import linalg, stats
 from torch import Tensor, nn
 
-from lightning_init.initialization.initialize import initialize
-from lightning_init.initialization.rules import Rule
-from lightning_init.initialization.streams import Key, draw_all
-from lightning_init.schemes.distributions import Normal, Scheme
-from lightning_init.schemes.structured import (
+from lightning_init import (
     DeltaOrthogonal,
-    DrawNormal,
     Identity,
-    Matrix,
+    Normal,
     Orthogonal,
+    Rule,
+    Scheme,
     Sparse,
     StructuredScheme,
     ZerO,
-    haar,
+    initialize,
 )
+from lightning_init.initialization.streams import Key, draw_all
+from lightning_init.schemes.structured import DrawNormal, Matrix, haar
 
 # A layer, its weight, how many slices and groups it holds, and whether it is stored (in, out, …).
 LAYERS: Mapping[str, tuple[Callable[[], nn.Module], str, int, int, bool]] = {
@@ -86,7 +85,7 @@ def test_orthogonal_is_exact_for_each_gate_and_group(layer: str, gain: float | N
 
 @layers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_dtypes_hold_the_rounded_values(layer: str, dtype: torch.dtype) -> None:
+def test_structured_schemes_round_to_other_dtypes(layer: str, dtype: torch.dtype) -> None:
     for scheme in ("orthogonal", "sparse"):
         assert torch.equal(drawn(scheme, layer, dtype), drawn(scheme, layer).to(dtype))
 
@@ -94,14 +93,14 @@ def test_other_dtypes_hold_the_rounded_values(layer: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("layer", ["Linear", "Linear expanding", "Linear contracting", "Conv2d grouped"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
-def test_complex_matrices_are_unitary(layer: str, dtype: torch.dtype) -> None:
+def test_orthogonal_complex_matrices_are_unitary(layer: str, dtype: torch.dtype) -> None:
     for piece in matrices(drawn("orthogonal", layer, dtype), layer):
         matrix = piece.flatten(1)
         assert matrix.imag.abs().max() > 0.01
         assert_orthonormal(matrix, expansion(*matrix.shape), atol=1e-6)
 
 
-def test_expanding_keeps_the_variance_only_with_the_gain() -> None:
+def test_orthogonal_expanding_keeps_the_variance_only_with_the_gain() -> None:
     x = torch.randn(2000, 128, generator=torch.Generator().manual_seed(0))
     kept, lost = (drawn_linear(128, 512, Orthogonal(keep_variance)) for keep_variance in (True, False))
     # The norm of x is kept, so the variance per unit is 128/512; 2000·128 values have std 1 ± 0.0014.
@@ -126,14 +125,14 @@ def many(matrix: Matrix) -> Tensor:
 
 @pytest.mark.parametrize("place", list(product(range(3), range(3))), ids=str)
 @pytest.mark.parametrize("shape", [(3, 3), (3, 5), (5, 3)], ids=str)
-def test_real_matrices_are_haar_distributed(shape: tuple[int, int], place: tuple[int, int]) -> None:
+def test_orthogonal_real_matrices_are_haar_distributed(shape: tuple[int, int], place: tuple[int, int]) -> None:
     """A row of length 1 is uniform on a sphere: (q + 1)/2 ~ Beta((n-1)/2, (n-1)/2); without fixing signs q₀₀ < 0."""
     elements = many(Matrix(*shape))[:, place[0], place[1]].numpy()
     half = (max(shape) - 1) / 2
     assert stats.kstest(elements, stats.beta(half, half, -1, 2).cdf).pvalue > 1e-6
 
 
-def test_complex_matrices_are_haar_distributed() -> None:
+def test_orthogonal_complex_matrices_are_haar_distributed() -> None:
     """For U(2): |u|² is uniform, the phase is uniform, and E|trace|² = 1 with a variance of 1."""
     unitary = many(Matrix(2, 2, is_complex=True))
     for i, j in product(range(2), range(2)):
@@ -153,7 +152,7 @@ def test_complex_matrices_are_haar_distributed() -> None:
 @pytest.mark.parametrize(
     "scheme", [Orthogonal(), Orthogonal(keep_variance=False), DeltaOrthogonal(), Identity(), ZerO()], ids=repr
 )
-def test_the_target_is_what_is_built(scheme: StructuredScheme, matrix: Matrix) -> None:
+def test_target_std_is_that_of_the_matrix(scheme: StructuredScheme, matrix: Matrix) -> None:
     gain = 1.3 if scheme.takes_gain else 1.0
     built = scheme.build(matrix, gain, stream(0))
     assert built.shape == (matrix.rows, matrix.columns, *matrix.taps)
@@ -171,7 +170,7 @@ def test_delta_orthogonal_keeps_the_norm_of_a_signal(
     kind: type[nn.Conv1d], taps: tuple[int, ...], channels: tuple[int, int]
 ) -> None:
     """With circular padding the layer is a shift and an orthogonal map at each position."""
-    conv = kind(*channels, taps, bias=False).double()  # type: ignore[arg-type]
+    conv = kind(*channels, taps, bias=False).double()
     initialize(conv, "delta_orthogonal", seed=1)
     x = torch.randn(3, channels[0], *[7] * len(taps), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     padding = [side for size in reversed(taps) for side in (size // 2, (size - 1) // 2)]
@@ -210,7 +209,7 @@ def test_identity_is_torchs_dirac(layer: str) -> None:
     ],
     ids=str,
 )
-def test_identity_hands_the_signal_on(layer: nn.Module, shift: int) -> None:
+def test_identity_keeps_the_signal(layer: nn.Module, shift: int) -> None:
     initialize(layer, "identity")
     x = torch.randn(2, 6, 6, generator=torch.Generator().manual_seed(0))
     y = layer(x)
@@ -219,7 +218,7 @@ def test_identity_hands_the_signal_on(layer: nn.Module, shift: int) -> None:
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (9, 4), (4, 9), (5, 8), (3, 17), (1, 2), (1, 1), (6, 7)])
-def test_zero_init_is_the_papers_formula(inputs: int, outputs: int) -> None:
+def test_zero_init_follows_the_papers_formula(inputs: int, outputs: int) -> None:
     """Zhao et al., algorithm 1: I* where outputs ≤ inputs, else c·I*·H_m·I*, m = ⌈log₂ outputs⌉, c = 2^(-(m-1)/2)."""
     if outputs <= inputs:
         expected = torch.eye(outputs, inputs, dtype=torch.float64)
@@ -258,7 +257,7 @@ def test_sparse_keeps_the_variance_and_is_normal_where_it_is_not_zero() -> None:
     assert drawn_linear(1000, 300, Sparse(0.9, std=2.0))[weight != 0].std().item() == pytest.approx(2.0, rel=0.03)
 
 
-def test_complex_sparse_matrices_have_the_same_variance() -> None:
+def test_sparse_complex_matrices_have_the_same_variance() -> None:
     built = Sparse(0.5).build(Matrix(100, 60, is_complex=True), 1.0, stream(0))
     values = built[built != 0]
     assert len(values) == 100 * 30
@@ -268,7 +267,7 @@ def test_complex_sparse_matrices_have_the_same_variance() -> None:
     assert values.real.std().item() == pytest.approx(values.imag.std().item(), rel=0.1)
 
 
-def test_sparse_chooses_every_place_equally_often_and_by_the_seed() -> None:
+def test_sparse_chooses_every_position_equally_often_and_by_the_seed() -> None:
     weight = drawn_linear(50, 4000, Sparse(0.9))
     per_column = (weight != 0).sum(0)
     assert stats.chisquare(per_column.numpy()).pvalue > 1e-6
@@ -277,7 +276,7 @@ def test_sparse_chooses_every_place_equally_often_and_by_the_seed() -> None:
     assert not torch.equal(weight != 0, drawn_linear(50, 4000, Sparse(0.9), seed=1) != 0)
 
 
-def test_the_sampling_error_of_sparse_is_that_of_many_samples() -> None:
+def test_sparse_sampling_error_is_that_of_many_samples() -> None:
     matrix, scheme = Matrix(10, 40), Sparse(0.9)
     measured = torch.stack([scheme.build(matrix, 1.0, stream(n)).square().mean().sqrt() for n in range(2000)])
     relative = measured / scheme.target_rms(matrix, 1.0)
@@ -293,6 +292,6 @@ def test_the_sampling_error_of_sparse_is_that_of_many_samples() -> None:
         (lambda: Sparse(0.5, std=0.0), r"Sparse\(std\) must be a finite number above 0, got 0.0"),
     ],
 )
-def test_bad_arguments(make: Callable[[], Scheme], message: str) -> None:
+def test_structured_scheme_arguments_are_checked(make: Callable[[], Scheme], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         make()

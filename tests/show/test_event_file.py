@@ -23,14 +23,14 @@ from tests.support.oracle import MemoryLogger
 
 
 @given(st.binary(max_size=300))
-def test_the_bytes_are_tensorboards(data: bytes) -> None:
+def test_event_file_bytes_are_tensorboards(data: bytes) -> None:
     ours, theirs = io.BytesIO(), io.BytesIO()
     CompiledChecksumWriter(ours).write(data)
     RecordWriter(theirs).write(data)
     assert ours.getvalue() == theirs.getvalue()
 
 
-def test_no_checksum_is_computed_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checksums_are_not_computed_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(MemoryLogger):
         experiment = SummaryWriter(str(tmp_path))
 
@@ -54,12 +54,12 @@ def record_writer_of(file_writer: Any) -> Any:
     return file_writer.event_writer._async_writer._worker._record_writer
 
 
-def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
-    class Special(RecordWriter):  # type: ignore[misc]
+def test_record_writer_of_the_user_is_left_alone(tmp_path: Path) -> None:
+    class Special(RecordWriter):
         pass
 
     with SummaryWriter(str(tmp_path)) as writer:
-        file_writer: Any = writer._get_file_writer()  # type: ignore[no-untyped-call]
+        file_writer: Any = writer._get_file_writer()
         special = Special(record_writer_of(file_writer)._writer)
         file_writer.event_writer._async_writer._worker._record_writer = special
         use_compiled_checksums(file_writer)
@@ -67,13 +67,13 @@ def test_a_record_writer_of_ones_own_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("known", [0, 1, 2])
-def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> None:
+def test_file_writer_of_the_user_is_written_to(known: int, tmp_path: Path) -> None:
     """All that is asked of it is ``add_summary``."""
     *way, end = ("event_writer", "_async_writer", "_worker")[: known + 1]
 
     class Own(SummaryWriter):
         def _get_file_writer(self) -> Any:
-            file_writer: Any = super()._get_file_writer()  # type: ignore[no-untyped-call]
+            file_writer: Any = super()._get_file_writer()
             holder = copy.copy(file_writer)
             outer = holder
             for part in way:
@@ -93,7 +93,8 @@ def test_a_file_writer_of_ones_own_is_written_to(known: int, tmp_path: Path) -> 
     assert event.value == 1.0
 
 
-def test_without_compiled_checksums_nothing_is_said_and_nothing_replaced(tmp_path: Path) -> None:
+@pytest.mark.processes
+def test_checksums_without_compiled_code_replace_nothing_silently(tmp_path: Path) -> None:
     """As where there is no wheel of google-crc32c, and warnings are errors."""
     script = f"""
 import sys

@@ -40,7 +40,7 @@ def test_tensorboard_gets_one_event_a_step(tmp_path: Path) -> None:
     assert [path.name for path in Path(logger.log_dir).iterdir()] == [file.name]  # no run per tag
 
 
-def test_one_chart_per_statistic(tmp_path: Path) -> None:
+def test_charts_one_per_statistic(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
     Board([logger]).write_layout(["activation_variance", "gradient_norm"])
     logger.experiment.flush()
@@ -59,7 +59,7 @@ def test_one_chart_per_statistic(tmp_path: Path) -> None:
     }
 
 
-def test_every_other_logger_gets_log_metrics(tmp_path: Path) -> None:
+def test_loggers_of_other_kinds_get_log_metrics(tmp_path: Path) -> None:
     memory, table = MemoryLogger(), CSVLogger(tmp_path)
     board = Board([memory, table])
     board.write_layout(["activation_variance"])
@@ -71,7 +71,7 @@ def test_every_other_logger_gets_log_metrics(tmp_path: Path) -> None:
     assert float(row["activation_variance/b.0"]) == 2.5
 
 
-def test_a_writer_of_ones_own(tmp_path: Path) -> None:
+def test_writer_of_the_user(tmp_path: Path) -> None:
     """A logger is told by its experiment, whatever its class."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -85,7 +85,7 @@ def test_a_writer_of_ones_own(tmp_path: Path) -> None:
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("activation_variance/a")[0].value == pytest.approx(2.0)
 
 
-def test_a_step_says_only_what_it_was_told(tmp_path: Path) -> None:
+def test_step_of_an_event_has_only_its_numbers(tmp_path: Path) -> None:
     """The messages of one step serve the next: nothing of them may stay where the tags are others."""
     logger = TensorBoardLogger(tmp_path)
     board = Board([logger])

@@ -42,10 +42,6 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [hook for m in module.modules() for hook in m._forward_hooks.values()]
 
 
-def raise_runtime_error(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("bad luck")
-
-
 class At(Callback):
     """Calls a function at one event."""
 

@@ -43,7 +43,7 @@ class BatchModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(self.batches, batch_size=None)
 
 
 class MemoryLogger(Logger):
@@ -82,7 +82,7 @@ class Watched:
         for name in self.outputs:
             modules[name].register_forward_hook(self._keeper(name))
 
-    def _keeper(self, name: str) -> Callable[..., None]:
+    def _keeper(self, name: str) -> Callable[..., Tensor | None]:
         def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
             tensor = output
             while not isinstance(tensor, Tensor):

@@ -38,14 +38,19 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+# Imported once, by the process that all ranks are forked from. lightning_init is imported with the environment of the
+# first test that starts ranks: what it reads from the environment while it is imported, only a fresh Python can test.
 PRELOAD = [
     "lightning.pytorch",
+    "lightning_init",
     "pytest",
     "rich.table",
     "sklearn.datasets",
+    "torch.distributed._tensor",  # loading an FSDP2 checkpoint imports it, for a third of a second
     "torch._dynamo",  # optimizers import it at their first step
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor.experimental",
     "torch.distributed.tensor.parallel",
     "torch.utils.tensorboard",
 ]
@@ -140,7 +145,7 @@ class _Ranks:
             if not ready:
                 self.raise_timeout(timeout, sorted(waiting.values()))
             for pipe in ready:
-                rank = waiting.pop(pipe)  # type: ignore[arg-type]
+                rank = waiting.pop(pipe)
                 results[rank] = self.receive(rank, list(waiting.values()))
         return [results[rank] for rank in range(len(self.pipes))]
 
@@ -154,7 +159,7 @@ class _Ranks:
             return pickle.loads(payload)
         # When a rank dies, the others fail with "connection reset", and may be heard first. Ask who died.
         for pipe in wait([self.pipes[other] for other in others], timeout=0.2):
-            other = self.pipes.index(pipe)  # type: ignore[arg-type]
+            other = self.pipes.index(pipe)
             if self.message_of(other) is None:
                 self.raise_death(other)
         cause = RankError(f"\nrank {rank} printed:\n{self.output(rank)}\nrank {rank} raised:\n{trace}")
@@ -165,7 +170,7 @@ class _Ranks:
     def message_of(self, rank: int) -> tuple[bool, Any, str] | None:
         """What a rank sent; None if it died before it could."""
         try:
-            return pickle.loads(self.pipes[rank].recv_bytes())  # type: ignore[no-any-return]
+            return pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             return None
 
@@ -177,7 +182,7 @@ class _Ranks:
     def raise_timeout(self, timeout: float, unfinished: list[int]) -> NoReturn:
         for process in self.processes:
             with suppress(ProcessLookupError):
-                os.kill(process.pid, DUMP_SIGNAL)  # type: ignore[arg-type]
+                os.kill(process.pid, DUMP_SIGNAL)
         time.sleep(0.5)  # the dumps are written by C code within milliseconds
         outputs = "\n".join(f"rank {r} printed:\n{self.output(r)}" for r in range(len(self.processes)))
         raise RankTimeout(f"ranks {unfinished} had not finished after {timeout:g} s.\n{outputs}")
@@ -186,7 +191,7 @@ class _Ranks:
         """End every rank, with whatever it started. Also the normal end: all results are in by then."""
         for process in self.processes:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process, pipe in zip(self.processes, self.pipes, strict=True):
             process.join()
@@ -237,7 +242,7 @@ def _rank_main(pickled_job: bytes, pipe: Connection, output_file: str) -> None:
 
 
 def _die_with_the_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    multiprocessing.parent_process().join()
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -269,7 +274,7 @@ def _become_rank(job: Job) -> None:
     )
     torch.set_num_threads(job.threads)
     warnings.resetwarnings()
-    warnings.filters.extend(job.warning_filters)  # type: ignore[attr-defined]
+    warnings.filters.extend(job.warning_filters)
     rank_zero.rank_zero_only.rank = rank_zero_only.rank = job.rank  # was set to 0 when the forkserver imported it
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False, timeout=timedelta(seconds=job.timeout))
     dist.init_process_group(

@@ -1,4 +1,4 @@
-"""Real Trainers for tests: quiet, on the CPU, alone or on the ranks of `distributed.harness`."""
+"""Real Trainers for tests: quiet, on the CPU, alone or on the ranks of `tests.support.ranks`."""
 
 from __future__ import annotations
 

@@ -43,12 +43,13 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "intermediate_size": 48,
 }
+LABELS: dict[str, Any] = {"num_labels": 10}  # every config takes it, none declares it
 MARKS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-IMAGES: dict[str, Any] = {"num_channels": 1, "num_labels": 10}
+IMAGES: dict[str, Any] = {"num_channels": 1, **LABELS}
 
 
 def bert() -> nn.Module:
-    return BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16, num_labels=10))
+    return BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16, **LABELS))
 
 
 def gpt2() -> nn.Module:
@@ -61,7 +62,8 @@ def llama() -> nn.Module:
 
 def t5() -> nn.Module:
     sizes: dict[str, Any] = {"vocab_size": WORDS, "d_model": WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2}
-    return T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, **start))
 
 
 def vit() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Looking at weights: whole ones, wherever their shards are, at a known moment of a fit."""
+"""The weights of a model as full tensors, wherever their shards are, and as they were when training started."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Weights = dict[str, Tensor]
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """Copies of all parameters, whole. Sharded ones are gathered, so every rank has to call it."""
+    """Copies of all parameters as full tensors. Sharded ones are gathered, so every rank has to call it."""
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()

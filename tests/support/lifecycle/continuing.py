@@ -156,8 +156,8 @@ def fit_after_an_exception(setting: Setting) -> None:
 
 def validate_and_test_only(setting: Setting) -> None:
     model = setting.model()
-    model.test_step = model.validation_step  # type: ignore[method-assign]
-    model.test_dataloader = model.val_dataloader  # type: ignore[method-assign]
+    model.test_step = model.validation_step
+    model.test_dataloader = model.val_dataloader
     trainer = setting.trainer(new_callback(), limit_test_batches=1)
     trainer.validate(model, verbose=False)
     before = weights_of(model)

@@ -1,0 +1,35 @@
+"""One step under the recorder without a Trainer, and what tests of the collector hand to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from lightning_init import LayerStats
+from lightning_init.monitor.recorder import Recorder
+
+Loss = Callable[[nn.Module, Tensor], Tensor]
+
+
+def squared(network: nn.Module, x: Tensor) -> Tensor:
+    loss: Tensor = network(x).square().mean()
+    return loss
+
+
+def record_step(recorder: Recorder, network: nn.Module, loss: Callable[[], Tensor]) -> LayerStats | None:
+    """Record forward and backward of one step as the callback does; ``loss`` calls the network."""
+    recorder.start()
+    recorder.collector.attach()
+    network.zero_grad()
+    value = loss()
+    recorder.collector.gradient_factor = 1.0
+    value.backward()
+    recorder.collector.detach()
+    recorder.before_step(network.parameters())
+    return recorder.exchange()
+
+
+def fail(name: str, error: Exception) -> None:
+    """For ``on_fault``: the hook on layer ``name`` must not fail in this test."""
+    raise AssertionError(name) from error
