@@ -76,13 +76,13 @@ class DispatchedReads(DispatchedCalls):
 
 
 def stats_of(recorder: Recorder, network: nn.Module, x: Tensor) -> dict[str, float]:
-    recorder.start()
-    recorder.collector.attach()
+    recorder.start_step()
+    recorder.attach()
     loss = network(x).square().mean()
-    recorder.collector.gradient_factor = 1.0
+    recorder.announce_backward(1.0)
     loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
+    recorder.detach()
+    recorder.before_optimizer_step(network.parameters())
     stats = recorder.exchange()
     assert stats is not None
     network.zero_grad()

@@ -88,7 +88,7 @@ def test_a_fault_on_one_rank_ends_it_on_all(target: str, where: str, from_call: 
 @pytest.mark.parametrize(
     ("target", "where"),
     [
-        ("lightning_init.show.loggers.Board.write", "writing"),
+        ("lightning_init.show.loggers.StatisticsWriter.write", "writing"),
         ("lightning_init.monitor.recorder.StepResult", "reading"),
     ],
 )

@@ -59,7 +59,7 @@ def test_training_is_bit_identical(kind: str) -> None:
         ("lightning_init.monitor.parameter_norms.sums_of_squares", "on_before_optimizer_step"),
         ("lightning_init.monitor.exchange.VectorLayout.pack", "packing"),
         ("lightning_init.monitor.recorder.StepResult", "reading"),
-        ("lightning_init.show.loggers.Board.write", "writing"),
+        ("lightning_init.show.loggers.StatisticsWriter.write", "writing"),
     ],
 )
 def test_a_fault_is_said_once_and_training_ends_as_without(

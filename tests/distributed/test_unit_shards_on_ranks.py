@@ -66,7 +66,7 @@ def tapped_summand() -> tuple[list[str], list[str], bool]:
     assert local_part(output) is None
     whole = output.full_tensor()
     tap.detach()
-    return list(tap.records), list(tap.partial), bool((whole == dist.get_world_size()).all())
+    return list(tap.records), list(tap.partial_layers), bool((whole == dist.get_world_size()).all())
 
 
 def test_partial_sums_are_left_out_by_name() -> None:

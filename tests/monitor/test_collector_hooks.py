@@ -104,7 +104,7 @@ def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
     (record,) = tap.drain().values()
     tap.detach()
     assert (record.gradients is not None) == reached
-    assert not tap.partial
+    assert not tap.partial_layers
     if record.gradients is not None:
         assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)
 

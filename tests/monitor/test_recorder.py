@@ -21,14 +21,14 @@ CPU = torch.device("cpu")
 
 def measure(recorder: Recorder, network: nn.Module, x: Tensor, y: Tensor) -> LayerStats | None:
     """One step without a Trainer."""
-    recorder.start()
-    recorder.collector.attach()
+    recorder.start_step()
+    recorder.attach()
     network.zero_grad()
     loss = nn.functional.cross_entropy(network(x), y)
-    recorder.collector.gradient_factor = 1.0
+    recorder.announce_backward(1.0)
     loss.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
+    recorder.detach()
+    recorder.before_optimizer_step(network.parameters())
     return recorder.exchange()
 
 
@@ -68,11 +68,11 @@ def test_nothing_is_kept_for_the_next_step() -> None:
     network = mlp()
     recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
     assert measure(recorder, network, *batch()) is not None
-    assert not any(recorder.norms.packed())
-    assert recorder.norms.needs_post_step
-    recorder.after_step([])  # would find weights of before the step, had any been kept
-    assert not any(recorder.norms.packed())
-    assert recorder.collector.drain() == {}
+    assert not any(recorder._norms.packed())
+    assert recorder.needs_post_step
+    recorder.after_optimizer_step([])  # would find weights of before the step, had any been kept
+    assert not any(recorder._norms.packed())
+    assert recorder._collector.drain() == {}
 
 
 def test_only_the_chosen_statistics_cost_anything() -> None:
@@ -81,16 +81,16 @@ def test_only_the_chosen_statistics_cost_anything() -> None:
     stats = measure(recorder, network, *batch())
     assert stats is not None
     assert set(stats.values) == {"activation_variance"}
-    assert recorder.collector.with_gradients is False
-    assert not any(recorder.norms.packed())
+    assert recorder._collector.with_gradients is False
+    assert not any(recorder._norms.packed())
 
 
 def test_an_unfinished_step_leaves_nothing() -> None:
     network, (x, y) = mlp(), batch()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
-    recorder.collector.attach()
+    recorder.attach()
     network(x * 100).sum().backward()  # and then the run skipped the rest of the batch
-    recorder.before_step(network.parameters())
+    recorder.before_optimizer_step(network.parameters())
     stats = measure(recorder, network, x, y)
     fresh = measure(Recorder(find_layers(network), DEFAULT_STATS, CPU), network, x, y)
     assert stats == fresh
@@ -199,8 +199,8 @@ def test_apples_devices_have_no_float64() -> None:
 
 def test_one_process_is_all_ranks() -> None:
     vector = torch.tensor([1.0, 2.0])
-    ranks.reduce_(vector)
-    ranks.reduce_(vector, maximum=True)
+    ranks.all_reduce(vector)
+    ranks.all_reduce(vector, maximum=True)
     assert vector.tolist() == [1.0, 2.0]
     assert ranks.all_gather_object("hello") == ["hello"]
     assert ranks.world_size() == 1
