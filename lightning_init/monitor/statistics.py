@@ -39,6 +39,8 @@ StatName = Literal[
     "update_ratio",
     "gradient_norm_clipped",
     "histogram",
+    "gradient_rms",
+    "near_zero",
 ]
 """What the argument ``stats`` may hold: the names of all statistics, and "default" for the default set."""
 
@@ -209,6 +211,17 @@ EDGES = (*(-(2.0**k) for k in range(10, -21, -1)), 0.0, *(2.0**k for k in range(
 """Between the histogram's 64 bins: powers of two from 2^-20 to 2^10 of either sign, the same on every rank."""
 
 
+_NEAR_ZERO = 1e-3
+"""Of the rms: what is smaller adds less than a millionth of the mean square, so that it hardly takes part."""
+
+_EXPONENT_BITS = 8
+_SUBDIVISION_BITS = 2
+"""Bits of a float32's mantissa that tell apart the bins of near_zero within an octave: four bins, at 1, 1.25, 1.5 and
+1.75 times a power of two. Two bits more would cost four times as much memory and traffic for a threshold within 6 %."""
+
+_MAGNITUDE_BINS = 1 << (_EXPONENT_BITS + _SUBDIVISION_BITS)
+
+
 def rectifies(layer: Layer) -> bool:
     """Whether ``layer`` is an activation of the ReLU family, which makes every negative number exactly 0."""
     return layer.activation is not None and layer.activation.rectifies
@@ -240,6 +253,15 @@ def binned(layer: Layer, output: Tensor) -> Tensor:
 def largest(layer: Layer, output: Tensor) -> Tensor:
     """The largest magnitude, [] float64: NaN if any element is NaN, 0 if there are no elements."""
     return output.detach().abs().max().double() if output.numel() else output.new_zeros((), dtype=torch.float64)
+
+
+def magnitude_bins(layer: Layer, output: Tensor) -> Tensor:
+    """How many elements are in each bin of magnitude, [1024]: by the exponent and first mantissa bits as float32.
+
+    The bits of a positive float, read as an integer, grow with it; without the last 21 of them they are the bin.
+    """
+    bits = output.detach().reshape(-1).float().abs().view(torch.int32)
+    return torch.bincount(bits >> (23 - _SUBDIVISION_BITS), minlength=_MAGNITUDE_BINS).double()
 
 
 def _central_moments(layer: Layer, output: Tensor) -> CentralMoments:
@@ -305,6 +327,24 @@ def _histogram(sums: StepSums) -> list[Histogram]:
     bins = sums.measured["histogram"].tolist()
     of_layers = (sums.outputs.n, _activation_mean(sums), _activation_rms(sums))
     return [Histogram(*row) for row in zip(bins, *(numbers.tolist() for numbers in of_layers), strict=True)]
+
+
+def _gradient_rms(sums: StepSums) -> Array:
+    return _rms(sums.gradients)
+
+
+def _near_zero(sums: StepSums) -> Array:
+    """Share of elements in the bins below the one that holds 1e-3 · rms; NaN where the rms is not finite.
+
+    The rms is that of all calls and ranks, which none of them knows while it counts; that is why they count bins. The
+    threshold is therefore the bin edge below 1e-3 · rms, between 0.8e-3 and 1e-3 · rms. The lowest bin always belongs
+    to the share, so that outputs that are all 0 are near zero, though their rms is 0 as well.
+    """
+    threshold = (_NEAR_ZERO * _rms(sums.outputs)).astype(np.float32)
+    bins = np.maximum(threshold.view(np.int32) >> (23 - _SUBDIVISION_BITS), 1)  # [layers]
+    below = np.arange(_MAGNITUDE_BINS) < bins[:, None]  # [layers, bins]
+    share = (sums.measured["near_zero"] * below).sum(1) / sums.outputs.n
+    return np.where(np.isfinite(threshold), share, np.nan)
 
 
 def _norm(kind: NormKind, sums: StepSums) -> Mapping[str, float]:
@@ -441,6 +481,21 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             finish=_histogram,
             measure=OutputMeasure(binned, width=len(EDGES) + 1),
             shown_as="histogram",
+        ),
+        Statistic(
+            name="gradient_rms",
+            title="Gradient rms",
+            unit="loss / output",
+            source="gradient",
+            finish=_gradient_rms,
+        ),
+        Statistic(
+            name="near_zero",
+            title="Near zero",
+            unit="share of outputs",
+            source="output",
+            finish=_near_zero,
+            measure=OutputMeasure(magnitude_bins, width=_MAGNITUDE_BINS),
         ),
     ]
 )
