@@ -51,6 +51,9 @@ class ActivationVarianceMonitor(Callback):
                                (holds a copy of the parameters during a logged step)
     ``gradient_norm_clipped``  ``gradient_norm`` after clipping
     ``histogram``              of the output, in TensorBoard: 64 bins, powers of two of either sign
+    ``gradient_rms``           root of the mean square of d loss / d output
+    ``near_zero``              share of outputs smaller than 1e-3 of their root mean square (of that number, the next
+                               smaller of 1, 1.25, 1.5 and 1.75 times a power of two)
     ========================== ================================================================================
 
     Training is bit-identical with and without it; under ``torch.compile`` logged steps run eagerly and may differ

@@ -71,12 +71,11 @@ class StepResult:
                     result.values[stat] = self._in_execution_order(finished)
                     continue
                 rows = finished.tolist() if isinstance(finished, np.ndarray) else finished
-                names = {layer.name for layer in layers if statistic.layers(layer)} if statistic.layers else None
-                found = {
-                    name: row
-                    for name, n, row in zip(self._layers, counts[statistic.source], rows, strict=True)
-                    if n and (names is None or name in names)
-                }
+                of_layers = zip(self._layers, counts[statistic.source], rows, strict=True)
+                found = {name: row for name, n, row in of_layers if n}
+                if statistic.layers is not None:
+                    fitting = {layer.name for layer in layers if statistic.layers(layer)}
+                    found = {name: row for name, row in found.items() if name in fitting}
                 if statistic.shown_as == "histogram":
                     result.histograms.update(found)
                 else:
@@ -85,9 +84,11 @@ class StepResult:
 
     def _in_execution_order(self, norms: Mapping[str, float]) -> dict[str, float]:
         """``norms``, layers in execution order, those that were not called behind them, and the total at the end."""
-        order = dict.fromkeys([*self._layers, *norms])
-        order.pop("total", None)
-        return {name: norms[name] for name in [*order, "total"] if name in norms}
+        ordered = {name: norms[name] for name in self._layers if name in norms}
+        ordered.update({name: norm for name, norm in norms.items() if name not in ordered and name != "total"})
+        if "total" in norms:
+            ordered["total"] = norms["total"]
+        return ordered
 
 
 def _copy_to_host(

@@ -1,4 +1,4 @@
-"""The torchmetrics state in one process. On ranks: tests/distributed/test_monitor_faults.py."""
+"""The torchmetrics state in one process. On ranks: tests/callbacks/test_monitor_faults_on_ranks.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A logged step in one process: measured, exchanged, or given up. On ranks: tests/distributed."""
+"""A logged step in one process: measured, exchanged, or given up. On ranks: tests/callbacks."""
 
 from __future__ import annotations
 
