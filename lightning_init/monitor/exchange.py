@@ -37,21 +37,15 @@ class Slot(NamedTuple):
 class VectorLayout:
     """Where each number of a logged step is in the vector that ranks add up.
 
-    With the slots ("a", 2 units), ("b", 3 units) and ("a", 4 units), the vector holds, one after the other:
+    The vector holds, one after the other (in brackets how many, if the slots are 2 units of layer "a", 3 of "b" and
+    4 of "a"); each of these names is an attribute, a slice of the vector:
 
-    ==================== ============================================================================ ======
-    ``flags``            see :data:`FAULT`                                                                 2
-    ``counts``           number of elements of each slot                                                   3
-    ``squares``          Σx² of each slot                                                                  3
-    ``gradient_counts``  number of gradient elements of each layer                                         2
-    ``gradient_sums``    Σg of each layer                                                                  2
-    ``gradient_squares`` Σg² of each layer                                                                 2
-    ``norms``            as :meth:`ParameterNorms.packed` gives them                                ``norms``
-    ``measured``         what statistics on request measure: of each statistic, ``width`` numbers of each layer
-    ``sums``             Σx of every unit of every slot                                            2 + 3 + 4
-    ==================== ============================================================================ ======
-
-    Each of these names is an attribute, a slice of the vector.
+    - ``flags``: see :data:`FAULT` [2];
+    - ``counts``, ``squares``: number of elements and Σx² of each slot [3 each];
+    - ``gradient_counts``, ``gradient_sums``, ``gradient_squares``: of each layer's gradients [2 each];
+    - ``norms``: what :meth:`ParameterNorms.packed` gives;
+    - ``measured``: for each statistic that measures something of its own, its numbers of each layer [2 · its width];
+    - ``sums``: Σx of every unit of every slot [2 + 3 + 4].
 
     Args:
         slots: in execution order; all ranks give the same.

@@ -23,23 +23,23 @@ from tests.monitor.test_collector import fail, squared
 def test_activations_are_let_go() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     kept: list[weakref.ref[Tensor]] = []
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
     gc.collect()
     assert kept[0]() is None
     handle.remove()
-    tap.detach()
+    collector.detach()
 
 
 def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[tuple[str, str]] = []
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = ActivationCollector(
+    collector = ActivationCollector(
         find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error)))
     )
-    tap.attach()
+    collector.attach()
 
     def broken(*args: Any) -> None:
         raise RuntimeError("broken")
@@ -47,13 +47,13 @@ def test_a_failing_hook_is_reported_and_the_pass_goes_on(monkeypatch: pytest.Mon
     monkeypatch.setattr("lightning_init.monitor.collector.moments_of", broken)
     network(torch.randn(8, 6))
     assert faults == [("0", "broken"), ("1", "broken")]
-    tap.detach()
+    collector.detach()
 
 
 def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     buffer = io.BytesIO()
     torch.save(network, buffer)
     buffer.seek(0)
@@ -61,10 +61,10 @@ def test_a_model_copies_and_pickles_as_if_it_had_no_hooks() -> None:
     x = torch.randn(8, 6)
     for twin in twins:
         assert torch.equal(twin(x), network[1](network[0](x)))
-        tap.drain()
+        collector.drain()
         twin(x).sum().backward()
-        assert tap.drain() == {}
-    tap.detach()
+        assert collector.drain() == {}
+    collector.detach()
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -96,15 +96,15 @@ def test_an_output_among_others_of_its_node(part: int, reached: bool) -> None:
     """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
     torch.manual_seed(0)
     network = nn.Sequential(Parts())
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     chosen = network(torch.randn(4, 2, 6))[part]
-    tap.gradient_factor = 1.0
+    collector.gradient_factor = 1.0
     chosen.square().sum().backward()
-    (record,) = tap.drain().values()
-    tap.detach()
+    (record,) = collector.drain().values()
+    collector.detach()
     assert (record.gradients is not None) == reached
-    assert not tap.partial_layers
+    assert not collector.partial_layers
     if record.gradients is not None:
         assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)
 
@@ -116,25 +116,25 @@ def test_a_hook_of_the_users_has_its_say(shape: tuple[int, ...]) -> None:
     network = nn.Sequential(nn.Linear(6, 6))
     found = []
     for factor in (1.0, 10.0):
-        tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-        tap.attach()
+        collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+        collector.attach()
         output = network(torch.ones(*shape))
         output.register_hook(lambda gradient, factor=factor: gradient * factor)
-        tap.gradient_factor = 1.0
+        collector.gradient_factor = 1.0
         output.square().sum().backward()
-        (record,) = tap.drain().values()
+        (record,) = collector.drain().values()
         assert record.gradients is not None
         found.append(record.gradients.squares)
-        tap.detach()
+        collector.detach()
     assert found[1] == pytest.approx(100 * found[0], rel=1e-6)
 
 
 def test_an_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
     """A hook on that tensor would end the process."""
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     output = checkpoint(network[1], network[0](torch.randn(4, 6)).view(-1, 6), use_reentrant=True)
     with pytest.raises(RuntimeError, match="in-place operation"):
         output.sum().backward()
-    tap.detach()
+    collector.detach()
