@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,6 +22,34 @@ from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
 from lightning_init.show.loggers import StatisticsWriter
+
+P = ParamSpec("P")
+
+
+def _guarded(
+    hook: Callable[Concatenate[ActivationVarianceMonitor, P], None],
+) -> Callable[Concatenate[ActivationVarianceMonitor, P], None]:
+    """Let ``hook`` fail without harm to training, and skip it where no fit is monitored; its signature stays.
+
+    ``hook`` runs only while there is a session that ranks have not switched off. If it raises, the exception is noted
+    with the recorder and recording stops: the next exchange tells every rank, and all switch off together. Warnings
+    that a user has turned into errors are raised, because they are meant to be.
+    """
+
+    @wraps(hook)
+    def guarded(self: ActivationVarianceMonitor, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        session = self._session
+        if session is None or session.recorder.disabled_reason:
+            return
+        try:
+            hook(self, *args, **kwargs)
+        except Warning:
+            raise
+        except Exception as error:
+            session.recorder.fail(hook.__name__, error)
+            session.stop_recording()
+
+    return guarded
 
 
 class ActivationVarianceMonitor(Callback):
@@ -119,108 +148,108 @@ class ActivationVarianceMonitor(Callback):
             self._session = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
 
     @override
+    @_guarded
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before each micro-batch: starts recording if it belongs to a logged step."""
-        if (session := self._active_session) is None:
+        session = self._session
+        assert session is not None
+        session.stop_recording()
+        step = _lightning.step_number(trainer)
+        if step % session.interval:
+            session.step = None
             return
-        with session.guard("on_train_batch_start"):
-            session.stop_recording()
-            step = _lightning.step_number(trainer)
-            if step % session.interval:
-                session.step = None
-                return
-            session.gradients_taken, is_first_batch = False, step != session.step
-            session.step = step  # before anything can fail: a rank that fails still comes to the exchange
-            if is_first_batch:
-                session.recorder.start_step()
-            if session.recorder.local_error is None:
-                session.start_recording(pl_module)
+        session.gradients_taken, is_first_batch = False, step != session.step
+        session.step = step  # before anything can fail: a rank that fails still comes to the exchange
+        if is_first_batch:
+            session.recorder.start_step()
+        if session.recorder.local_error is None:
+            session.start_recording(pl_module)
 
     @override
+    @_guarded
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Called when ``loss`` is about to be differentiated: from here on, gradients are recorded.
 
         In automatic optimization the forward pass is over; in manual optimization another one may follow.
         """
-        if (session := self._active_session) is None:
-            return
-        with session.guard("on_before_backward"):
-            session.backward_announced = True
-            if session.recording:
-                session.forward_open = not pl_module.automatic_optimization
-                scale = _lightning.loss_scale(trainer)
-                share = 1.0 / _lightning.data_parallel_size(trainer)
-                session.recorder.announce_backward(share if scale is None else share / scale)
+        session = self._session
+        assert session is not None
+        session.backward_announced = True
+        if session.recording:
+            session.forward_open = not pl_module.automatic_optimization
+            scale = _lightning.loss_scale(trainer)
+            share = 1.0 / _lightning.data_parallel_size(trainer)
+            session.recorder.announce_backward(share if scale is None else share / scale)
 
     @override
+    @_guarded
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the loss was differentiated: gradients of other backward passes are not recorded."""
-        if (session := self._active_session) is None:
-            return
-        with session.guard("on_after_backward"):
-            session.recorder.end_backward()
+        session = self._session
+        assert session is not None
+        session.recorder.end_backward()
 
     @override
+    @_guarded
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called when gradients are accumulated, averaged over ranks and unscaled, and not yet clipped: records them.
 
         Fused optimizers unscale inside their step, so that their gradients are unscaled here.
         """
-        if (session := self._active_session) is None:
+        session = self._session
+        assert session is not None
+        if session.step is None or session.gradients_taken:
             return
-        with session.guard("on_before_optimizer_step"):
-            if session.step is None or session.gradients_taken:
-                return
-            # LBFGS evaluates the loss several times in one step: the first evaluation is what is logged
-            session.gradients_taken = pl_module.automatic_optimization
-            session.recording = not session.gradients_taken
-            recorder = session.recorder
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            if recorder.needs_post_step:
-                session.call_after_step(optimizer, partial(recorder.after_optimizer_step, parameters))
-            recorder.before_optimizer_step(parameters, partial(_unscaling_factor, trainer, optimizer))
+        # LBFGS evaluates the loss several times in one step: the first evaluation is what is logged
+        session.gradients_taken = pl_module.automatic_optimization
+        session.recording = not session.gradients_taken
+        recorder = session.recorder
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if recorder.needs_post_step:
+            session.call_after_step(optimizer, partial(recorder.after_optimizer_step, parameters))
+        recorder.before_optimizer_step(parameters, partial(_unscaling_factor, trainer, optimizer))
 
     @override
+    @_guarded
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after each micro-batch: stops recording; after the last one of a logged step, exchanges and writes."""
-        if (session := self._active_session) is None:
+        session = self._session
+        assert session is not None
+        session.stop_recording()
+        step = _lightning.step_number(trainer)
+        if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
             return
-        with session.guard("on_train_batch_end"):
-            session.stop_recording()
-            step = _lightning.step_number(trainer)
-            if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
-                return
-            session.step = None
-            if session.recorder.unannounced_gradients and not session.backward_announced:
-                session.warn_once(
-                    "backward",
-                    "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
-                )
-            try:
-                if (stats := session.recorder.exchange()) is not None:
-                    self._publish(session, trainer, stats, step)
-            except Exception as error:
-                session.recorder.fail("writing", error)
-            # what failed after the collective is said now, though the other ranks learn of it only at the next one
-            session.warn_of_fault(session.recorder.disabled_reason or session.recorder.local_error)
+        session.step = None
+        if session.recorder.unannounced_gradients and not session.backward_announced:
+            session.warn_once(
+                "backward",
+                "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
+            )
+        try:
+            if (stats := session.recorder.exchange()) is not None:
+                self._publish(session, trainer, stats, step)
+        except Exception as error:
+            session.recorder.fail("writing", error)
+        # what failed after the collective is said now, though the other ranks learn of it only at the next one
+        session.warn_of_fault(session.recorder.disabled_reason or session.recorder.local_error)
 
     @override
+    @_guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the end of an epoch, also of one that was left in the middle of a batch: stops recording."""
-        if (session := self._active_session) is None:
-            return
-        with session.guard("on_train_epoch_end"):
-            session.stop_recording()
+        session = self._session
+        assert session is not None
+        session.stop_recording()
 
     @override
+    @_guarded
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the end of training: says what has failed since the last exchange."""
-        if (session := self._active_session) is None:
-            return
-        with session.guard("on_train_end"):
-            session.warn_of_fault(session.recorder.local_error)
+        session = self._session
+        assert session is not None
+        session.warn_of_fault(session.recorder.local_error)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -235,12 +264,6 @@ class ActivationVarianceMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Without the fit in progress, whose hooks and weak references belong to this process."""
         return {**self.__dict__, "_session": None}
-
-    @property
-    def _active_session(self) -> FitSession | None:
-        """The fit in progress; None also after all ranks have switched the monitor off."""
-        session = self._session
-        return None if session is None or session.recorder.disabled_reason else session
 
     def _end_session(self) -> None:
         if self._session is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -70,10 +69,6 @@ class FitSession:
             self.step_handles.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
         self.recorder.detach()
 
-    def guard(self, where: str) -> _Guard:
-        """Keep exceptions of a ``with`` block away from training; ``where`` says in messages what has failed."""
-        return _Guard(self, where)
-
     def warn_once(self, topic: str, message: str) -> None:
         """Warn on rank zero, unless there was a warning about ``topic`` before."""
         if topic not in self.warned:
@@ -84,30 +79,3 @@ class FitSession:
         """Say what has failed, if anything has."""
         if fault:
             self.warn_once("fault", f"has failed and is switched off; training goes on. {fault}")
-
-
-class _Guard:
-    """A ``with`` block in which the monitor may fail and training goes on.
-
-    An exception is only noted with the recorder, and recording stops: the next exchange tells every rank, and all
-    switch off together. Warnings that a user has turned into errors are raised, because they are meant to be.
-
-    A class, because one made by ``contextlib.contextmanager`` costs four times as much at every call.
-    """
-
-    __slots__ = ("_session", "_where")
-
-    def __init__(self, session: FitSession, where: str) -> None:
-        self._session, self._where = session, where
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, Warning):
-            return False
-        self._session.recorder.fail(self._where, error)
-        self._session.stop_recording()
-        return True
