@@ -36,7 +36,7 @@ from benchmarks.stopwatch import Times, clock
 from benchmarks.watchers import WATCHERS, missing
 from lightning_init import initialize
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from lightning_init.show.loggers import Board
+from lightning_init.show.loggers import StatisticsWriter
 
 LEGEND = (
     "Whole training steps over the same steps unwatched: with every step logged · with every {}th logged.\n"
@@ -106,15 +106,15 @@ def timed(case: Case, name: str, interval: int, pairs: int, optimizer: str) -> T
 
 
 def microseconds_a_scalar(num_layers: int, rounds: int = 20) -> tuple[float, float]:
-    """Of ``Board.write`` and of ``SummaryWriter.add_scalar``, each on its own file, medians, the files flushed."""
+    """Medians for ``StatisticsWriter.write`` and ``SummaryWriter.add_scalar``, each on a file of its own."""
     tags = {f"{stat}/layer.{i}": 0.1 * i for stat in DEFAULT_STATS for i in range(num_layers)}
     seconds: tuple[list[float], list[float]] = [], []
     with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         logger = TensorBoardLogger(folder)
-        board = Board([logger])
+        statistics_writer = StatisticsWriter([logger])
         for step in range(rounds):
             start = time.perf_counter()
-            board.write(tags, step)
+            statistics_writer.write(tags, step)
             logger.experiment.flush()
             seconds[0].append(time.perf_counter() - start)
             start = time.perf_counter()

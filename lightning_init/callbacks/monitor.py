@@ -1,58 +1,62 @@
-"""The monitor as a Lightning callback: when to listen, when to exchange, where to write."""
+"""The monitor as a Lightning callback: when to record, when ranks exchange, where statistics are written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, cast
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.session import FitSession
 from lightning_init.checks import check_list
 from lightning_init.introspect.layers import find_layers, select_layers
+from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
-from lightning_init.show.loggers import Board
+from lightning_init.show.loggers import StatisticsWriter
 
 P = ParamSpec("P")
 
 
-def _harmless(
-    method: Callable[Concatenate[ActivationVarianceMonitor, FitSession, P], None],
+def _guarded(
+    hook: Callable[Concatenate[ActivationVarianceMonitor, P], None],
 ) -> Callable[Concatenate[ActivationVarianceMonitor, P], None]:
-    """Hand the run to ``method``; training goes on whatever happens in there.
+    """Let ``hook`` fail without harm to training, and skip it where no fit is monitored; its signature stays.
 
-    A failure is only noted: the next exchange tells every rank, and all switch off together.
+    ``hook`` runs only while there is a session that ranks have not switched off. If it raises, the exception is noted
+    with the recorder and recording stops: the next exchange tells every rank, and all switch off together. Warnings
+    that a user has turned into errors are raised, because they are meant to be.
     """
 
-    @wraps(method)
-    def guarded(self: ActivationVarianceMonitor, *args: P.args, **kwargs: P.kwargs) -> None:
-        run = self._run
-        if run is None or run.recorder.disabled_reason:
+    @wraps(hook)
+    def guarded(self: ActivationVarianceMonitor, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        session = self._session
+        if session is None or session.recorder.disabled_reason:
             return
         try:
-            method(self, run, *args, **kwargs)
+            hook(self, *args, **kwargs)
         except Warning:
-            raise  # of our own, by somebody who made warnings errors
+            raise
         except Exception as error:
-            run.recorder.fail(method.__name__, error)
-            run.stop_listening()
+            session.recorder.fail(hook.__name__, error)
+            session.stop_recording()
 
-    return cast("Callable[Concatenate[ActivationVarianceMonitor, P], None]", guarded)
+    return guarded
 
 
 class ActivationVarianceMonitor(Callback):
     """Logs, layer by layer, whether the signal and its gradient stay healthy while a model trains.
 
-    On the first step and every n-th after it, hooks measure each layer's output and the gradient that comes back;
-    the numbers of all ranks and micro-batches are added up and written to every logger of the Trainer:
+    On the first step and every n-th after it, hooks record each layer's output and the gradient that comes back; the
+    numbers of all ranks and micro-batches are added up and written to every logger of the Trainer:
 
     ========================== ================================================================================
     ``activation_variance``    population variance of all elements of the output
@@ -76,6 +80,9 @@ class ActivationVarianceMonitor(Callback):
                                (holds a copy of the parameters during a logged step)
     ``gradient_norm_clipped``  ``gradient_norm`` after clipping
     ``histogram``              of the output, in TensorBoard: 64 bins, powers of two of either sign
+    ``gradient_rms``           root of the mean square of d loss / d output
+    ``near_zero``              share of outputs smaller than 1e-3 of their root mean square (of that number, the next
+                               smaller of 1, 1.25, 1.5 and 1.75 times a power of two)
     ========================== ================================================================================
 
     Training is bit-identical with and without it; under ``torch.compile`` logged steps run eagerly and may differ
@@ -111,16 +118,20 @@ class ActivationVarianceMonitor(Callback):
         self.layers = layers
         self.stats = chosen_stats(stats)
         self._latest: dict[str, float] = {}
-        self._run: FitSession | None = None
+        self._session: FitSession | None = None
 
     @property
     def latest(self) -> dict[str, float]:
         """The last logged step's numbers by tag, the same on every rank."""
         return dict(self._latest)
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the layers. Wrong globs stop here; nothing is attached before a logged step begins."""
-        self._end_run()
+        """Called when a fit begins: finds the layers. Globs that match none are errors here.
+
+        Nothing is attached to the model before a logged step begins.
+        """
+        self._end_session()
         interval = _lightning.logging_interval(trainer) if self.every_n_steps is None else self.every_n_steps
         if interval == 0:
             rank_zero_warn("ActivationVarianceMonitor is off, because the Trainer's log_every_n_steps is 0.")
@@ -131,116 +142,139 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._run = FitSession(Recorder([], self.stats, device), interval)
-            self._run.recorder.fail("finding the layers", error)
+            self._session = FitSession(Recorder([], self.stats, device), interval)
+            self._session.recorder.fail("finding the layers", error)
         else:
-            self._run = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+            self._session = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
 
-    @_harmless
-    def on_train_batch_start(
-        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Begin to listen if this micro-batch belongs to a logged step."""
-        run.stop_listening()
+    @override
+    @_guarded
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each micro-batch: starts recording if it belongs to a logged step."""
+        session = self._session
+        assert session is not None
+        session.stop_recording()
         step = _lightning.step_number(trainer)
-        if step % run.interval:
-            run.step = None
+        if step % session.interval:
+            session.step = None
             return
-        run.gradients_taken, begins = False, step != run.step
-        run.step = step  # before anything can fail: a rank that fails still comes to the exchange
-        if begins:
-            run.recorder.start()
-        if run.recorder.local_error is None:
-            run.listen(pl_module)
+        session.gradients_taken, is_first_batch = False, step != session.step
+        session.step = step  # before anything can fail: a rank that fails still comes to the exchange
+        if is_first_batch:
+            session.recorder.start_step()
+        if session.recorder.local_error is None:
+            session.start_recording(pl_module)
 
-    @_harmless
-    def on_before_backward(self, run: FitSession, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """From the loss on, gradients count. The forward pass is over, unless the user decides when."""
-        run.backward_announced = True
-        if run.listening:
-            run.forward_open = not pl_module.automatic_optimization
+    @override
+    @_guarded
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Called when ``loss`` is about to be differentiated: from here on, gradients are recorded.
+
+        In automatic optimization the forward pass is over; in manual optimization another one may follow.
+        """
+        session = self._session
+        assert session is not None
+        session.backward_announced = True
+        if session.recording:
+            session.forward_open = not pl_module.automatic_optimization
             scale = _lightning.loss_scale(trainer)
             share = 1.0 / _lightning.data_parallel_size(trainer)
-            run.recorder.collector.gradient_factor = share if scale is None else share / scale
+            session.recorder.announce_backward(share if scale is None else share / scale)
 
-    @_harmless
-    def on_after_backward(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gradients of other backward passes are not the loss's."""
-        run.recorder.collector.gradient_factor = None
+    @override
+    @_guarded
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the loss was differentiated: gradients of other backward passes are not recorded."""
+        session = self._session
+        assert session is not None
+        session.recorder.end_backward()
 
-    @_harmless
-    def on_before_optimizer_step(
-        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Gradients are accumulated, averaged and unscaled now, and not yet clipped."""
-        if run.step is None or run.gradients_taken:
+    @override
+    @_guarded
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called when gradients are accumulated, averaged over ranks and unscaled, and not yet clipped: records them.
+
+        Fused optimizers unscale inside their step, so that their gradients are unscaled here.
+        """
+        session = self._session
+        assert session is not None
+        if session.step is None or session.gradients_taken:
             return
-        run.gradients_taken = pl_module.automatic_optimization  # LBFGS evaluates again: its first evaluation counts
-        run.listening = not run.gradients_taken
+        # LBFGS evaluates the loss several times in one step: the first evaluation is what is logged
+        session.gradients_taken = pl_module.automatic_optimization
+        session.recording = not session.gradients_taken
+        recorder = session.recorder
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if recorder.needs_post_step:
+            session.call_after_step(optimizer, partial(recorder.after_optimizer_step, parameters))
+        recorder.before_optimizer_step(parameters, partial(_unscaling_factor, trainer, optimizer))
 
-        def unscaling() -> float | Tensor:
-            scale = _lightning.loss_scale(trainer) if _lightning.unscales_in_step(optimizer) else None
-            return 1.0 if scale is None else 1.0 / scale
-
-        if run.recorder.norms.needs_post_step:
-            run.after_optimizer_step(optimizer, lambda: run.recorder.after_step(parameters))
-        run.recorder.before_step(parameters, unscaling)
-
-    @_harmless
+    @override
+    @_guarded
     def on_train_batch_end(
-        self, run: FitSession, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop listening; after the last micro-batch of a logged step, exchange and write."""
-        run.stop_listening()
+        """Called after each micro-batch: stops recording; after the last one of a logged step, exchanges and writes."""
+        session = self._session
+        assert session is not None
+        session.stop_recording()
         step = _lightning.step_number(trainer)
-        if step != run.step or not _lightning.step_ends_with_this_batch(trainer):
+        if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
             return
-        run.step = None
-        if run.recorder.collector.unannounced_gradients and not run.backward_announced:
-            run.warn_once(
+        session.step = None
+        if session.recorder.unannounced_gradients and not session.backward_announced:
+            session.warn_once(
                 "backward",
                 "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
             )
         try:
-            if (stats := run.recorder.exchange()) is not None:
-                self._publish(run, trainer, stats, step)
+            if (stats := session.recorder.exchange()) is not None:
+                self._publish(session, trainer, stats, step)
         except Exception as error:
-            run.recorder.fail("writing", error)
-        # what failed behind the collective is said now, though the other ranks hear of it only at the next one
-        run.report(run.recorder.disabled_reason or run.recorder.local_error)
+            session.recorder.fail("writing", error)
+        # what failed after the collective is said now, though the other ranks learn of it only at the next one
+        session.warn_of_fault(session.recorder.disabled_reason or session.recorder.local_error)
 
-    @_harmless
-    def on_train_epoch_end(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also an epoch that ended in the middle of a batch leaves nothing behind."""
-        run.stop_listening()
+    @override
+    @_guarded
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called at the end of an epoch, also of one that was left in the middle of a batch: stops recording."""
+        session = self._session
+        assert session is not None
+        session.stop_recording()
 
-    @_harmless
-    def on_train_end(self, run: FitSession, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what was left to say, if no further exchange came."""
-        run.report(run.recorder.local_error)
+    @override
+    @_guarded
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called at the end of training: says what has failed since the last exchange."""
+        session = self._session
+        assert session is not None
+        session.warn_of_fault(session.recorder.local_error)
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing stays behind, also where a run ended before it began."""
-        self._end_run()
+        """Called when a fit is over, even if it ended before training began: leaves nothing on the model."""
+        self._end_session()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Nothing stays behind: after an exception, no teardown comes."""
-        self._end_run()
+        """Called when an exception ends a fit, after which no teardown comes: leaves nothing on the model."""
+        self._end_session()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the run in progress, whose hooks and weak references belong to this process."""
-        return {**self.__dict__, "_run": None}
+        """Without the fit in progress, whose hooks and weak references belong to this process."""
+        return {**self.__dict__, "_session": None}
 
-    def _end_run(self) -> None:
-        if self._run is not None:
-            self._run.stop_listening()
-        self._run = None
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.stop_recording()
+        self._session = None
 
-    def _publish(self, run: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
+    def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
+        """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""
         tags = stats.tags
         if _lightning.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
-            run.warn_once(
+            session.warn_once(
                 "overflow",
                 f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "
                 "as it does while it adapts, and the optimizer skips the step.",
@@ -251,26 +285,38 @@ class ActivationVarianceMonitor(Callback):
         tensors = torch.tensor(list(aggregates.values()), device=trainer.strategy.root_device)
         trainer.callback_metrics.update(zip(aggregates, tensors.unbind(), strict=True))
         if trainer.is_global_zero:
-            if run.board is None:
-                run.board = self._new_board(run, trainer)
-            run.board.write(tags, step, stats.histograms)
+            if session.writer is None:
+                session.writer = self._new_writer(session, trainer)
+            session.writer.write(tags, step, stats.histograms)
 
-    def _new_board(self, run: FitSession, trainer: Trainer) -> Board:
-        if silent := run.recorder.silent_layers:
-            run.warn_once(
+    def _new_writer(self, session: FitSession, trainer: Trainer) -> StatisticsWriter:
+        """A writer to the Trainer's loggers; warns of layers whose statistics it will not get."""
+        if silent := session.recorder.silent_layers:
+            session.warn_once(
                 "silent",
                 "saw no output of these layers in the first logged step (not called, or sparse, nested, complex, or "
                 f"under torch.func): {_listed(silent)}.",
             )
-        if partial := run.recorder.collector.partial:
-            run.warn_once("partial", f"leaves out partial sums, which no rank holds whole: {_listed(list(partial))}.")
-        board = Board(trainer.loggers)
-        board.write_layout(self.stats)
-        return board
+        if partial_layers := session.recorder.partial_layers:
+            session.warn_once(
+                "partial", f"leaves out partial sums, which no rank holds whole: {_listed(partial_layers)}."
+            )
+        writer = StatisticsWriter(trainer.loggers)
+        writer.write_layout(self.stats)
+        return writer
+
+
+def _unscaling_factor(trainer: Trainer, optimizer: Optimizer) -> Number:
+    """What gradients have to be multiplied by before ``optimizer`` steps, so that they are those of the loss."""
+    scale = _lightning.loss_scale(trainer) if _lightning.unscales_in_step(optimizer) else None
+    return 1.0 if scale is None else 1.0 / scale
 
 
 def _aggregates(tags: dict[str, float], stats: LayerStats) -> dict[str, float]:
-    """What callbacks such as EarlyStopping can watch: the total norm, and each statistic's extremes over layers."""
+    """Numbers for callbacks such as EarlyStopping: the total norm, and the extremes over layers of some statistics.
+
+    What is missing in ``tags`` is left out.
+    """
     total = "gradient_norm/total"
     found = {total: tags[total]} if total in tags else {}
     for stat in ("activation_variance", "signal_variance", "gradient_variance", "dead_units"):
@@ -285,5 +331,6 @@ def _gradients_are_finite(tags: dict[str, float]) -> bool:
 
 
 def _listed(names: list[str], limit: int = 20) -> str:
+    """The first ``limit`` names, and how many there are beyond."""
     rest = len(names) - limit
     return ", ".join(map(repr, names[:limit])) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""What the monitor knows during one ``fit``, and how it comes and goes."""
+"""What the monitor keeps during one ``fit``: its recorder, its writer, and how far the present step has come."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.callbacks._lightning import in_training_step
-from lightning_init.monitor.collector import EagerMoment
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.show.loggers import Board
+from lightning_init.show.loggers import StatisticsWriter
 
 
 @dataclass
@@ -22,35 +21,36 @@ class FitSession:
     """One ``fit``, from ``on_fit_start`` to its end.
 
     Attributes:
-        step: the logged step whose micro-batches are being collected.
-        stepped: whether this batch's gradients were taken, once and for all.
-        listening: whether what happens now is measured.
-        forward_open: whether a forward pass counts, were it the training step's.
-        backward_announced: whether Lightning has run a backward pass.
-        said: what was warned about.
+        recorder: records and exchanges the statistics.
+        interval: steps from one logged step to the next.
+        writer: writes to the Trainer's loggers; made when there is something to write.
+        step: the logged step whose micro-batches are being recorded; None between logged steps.
+        gradients_taken: whether this step's parameter gradients have been recorded for the last time.
+        recording: whether hooks are on the model and gradients are still to be recorded.
+        forward_open: whether outputs of ``training_step`` are still to be recorded.
+        backward_announced: whether Lightning has run a backward pass in this fit.
+        warned: topics that a warning was given about.
         step_handles: hooks on optimizers that have not stepped yet.
     """
 
     recorder: Recorder
     interval: int
-    board: Board | None = None
-    eager: EagerMoment = field(default_factory=EagerMoment)
+    writer: StatisticsWriter | None = None
     step: int | None = None
     gradients_taken: bool = False
-    listening: bool = False
+    recording: bool = False
     forward_open: bool = False
     backward_announced: bool = False
     warned: set[str] = field(default_factory=set)
     step_handles: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
 
-    def listen(self, module: LightningModule) -> None:
-        """Put hooks on the module; compiled code runs as written, or they would not fire."""
-        self.listening = self.forward_open = True
-        self.eager.start()
-        self.recorder.collector.attach(lambda: self.forward_open and in_training_step(module))
+    def start_recording(self, module: LightningModule) -> None:
+        """Record what ``module`` computes in its training step, until ``stop_recording``."""
+        self.recording = self.forward_open = True
+        self.recorder.attach(lambda: self.forward_open and in_training_step(module))
 
-    def after_optimizer_step(self, optimizer: Optimizer, action: Callable[[], None]) -> None:
-        """Call ``action`` once, when ``optimizer`` has stepped; gradients are clipped then."""
+    def call_after_step(self, optimizer: Optimizer, action: Callable[[], None]) -> None:
+        """Call ``action`` once, when ``optimizer`` has stepped; by then, gradients are clipped."""
 
         def after(*args: Any) -> None:
             try:
@@ -62,21 +62,20 @@ class FitSession:
         if optimizer not in self.step_handles:
             self.step_handles[optimizer] = optimizer.register_step_post_hook(after)
 
-    def stop_listening(self) -> None:
-        """No hook on model or optimizers, and compiled code runs compiled."""
-        self.listening = False
+    def stop_recording(self) -> None:
+        """Leave no hook on the model or its optimizers, and let compiled code run compiled."""
+        self.recording = False
         while self.step_handles:
             self.step_handles.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
-        self.eager.stop()
-        self.recorder.collector.detach()
+        self.recorder.detach()
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Warn on rank zero, unless the topic was warned about."""
+        """Warn on rank zero, unless there was a warning about ``topic`` before."""
         if topic not in self.warned:
             self.warned.add(topic)
             rank_zero_warn(f"ActivationVarianceMonitor {message}")
 
-    def report(self, fault: str | None) -> None:
-        """Say what has failed."""
+    def warn_of_fault(self, fault: str | None) -> None:
+        """Say what has failed, if anything has."""
         if fault:
             self.warn_once("fault", f"has failed and is switched off; training goes on. {fault}")

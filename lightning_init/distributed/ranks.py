@@ -24,7 +24,7 @@ def all_gather_object(message: Message) -> list[Message]:
     return messages
 
 
-def reduce_(vector: Tensor, *, maximum: bool = False) -> None:
-    """Make ``vector`` the sum (or maximum) of all ranks' in place: one collective."""
-    if world_size() > 1:
+def all_reduce(vector: Tensor, *, maximum: bool = False) -> None:
+    """Overwrite ``vector`` with the sum (or the maximum) of all ranks' vectors: one collective."""
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(vector, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)

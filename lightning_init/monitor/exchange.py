@@ -1,4 +1,9 @@
-"""Where every number of a logged step stands in the one vector that all ranks add up."""
+"""How ranks add up a logged step: one vector in a layout that all ranks share, and one all_reduce.
+
+:class:`VectorLayout` says where every number of a step is in the vector and fills it from what a rank has recorded,
+:class:`PackedState` sums it over ranks. A few statistics on request cannot be summed with the rest, because they need
+the summed vector first or a maximum: :class:`SecondPass` exchanges those.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_init.distributed.ranks import reduce_
+from lightning_init.distributed.ranks import all_reduce
 from lightning_init.monitor.collector import LayerRecord
-from lightning_init.monitor.moments import Moments, Number, pack, shifted_to
+from lightning_init.monitor.moments import CentralMoments, Moments, Number, pack, shifted_to
+from lightning_init.monitor.statistics import OutputMeasure, measures_of
 
-FAULT, UNKNOWN_SLOT, FLAGS = 0, 1, 2
-"""The vector's first numbers: ranks whose monitor has failed, ranks that saw a slot the layout lacks."""
+FAULT, UNKNOWN_SLOT, NUM_FLAGS = 0, 1, 2
+"""Indices of the vector's flags: the number of ranks whose monitor has failed, the number of ranks that recorded a slot
+the layout does not have; and how many flags there are."""
 
 
 class Slot(NamedTuple):
@@ -29,88 +35,114 @@ class Slot(NamedTuple):
 
 
 class VectorLayout:
-    """Slots, layers and parameters in an order that all ranks share, and the vector's parts.
+    """Where each number of a logged step is in the vector that ranks add up.
 
-    The vector is: flags · slot counts · slot squares · gradient count, sum, squares of each layer ·
-    norms · what was measured on request · sums of every unit of every slot. Its size depends on nothing but the model.
+    The vector holds, one after the other (in brackets how many, if the slots are 2 units of layer "a", 3 of "b" and
+    4 of "a"); each of these names is an attribute, a slice of the vector:
+
+    - ``flags``: see :data:`FAULT` [2];
+    - ``counts``, ``squares``: number of elements and Σx² of each slot [3 each];
+    - ``gradient_counts``, ``gradient_sums``, ``gradient_squares``: of each layer's gradients [2 each];
+    - ``norms``: what :meth:`ParameterNorms.packed` gives;
+    - ``measured``: for each statistic that measures something of its own, its numbers of each layer [2 · its width];
+    - ``sums``: Σx of every unit of every slot [2 + 3 + 4].
 
     Args:
-        slots: in execution order.
+        slots: in execution order; all ranks give the same.
         norms: how many numbers the norms are.
-        widths: how many numbers each measurement on request is for a layer.
         device: of the vector.
+        widths: by statistic, how many numbers its measure is for a layer, where it adds up as a sum.
 
     Attributes:
-        units: of each slot, int64 [slots]; ``units_there`` the same on the device.
-        layer_of_slot: places in ``layers``, int64 [slots].
-        starts: where each slot's sums begin among the units' sums; None if a slot has none.
-        scratch: memory for a number of every unit, float64 [units].
+        size: of the vector. It depends on the model and the statistics, and not on the number of ranks.
+        layers: names of the slots' layers, in execution order.
+        units: of each slot, int64 [slots]; ``units_on_device`` is the same on ``device``.
+        layer_of_slot: indices in ``layers``, int64 [slots].
+        starts: where each slot's sums begin within ``sums``; None if a slot has no units, which ``reduceat`` cannot do.
+        scratch: memory for one number of every unit, float64 [units].
     """
 
     def __init__(
         self, slots: Sequence[Slot], norms: int, device: torch.device, widths: Mapping[str, int] | None = None
     ) -> None:
-        self.widths = dict(widths or {})
         self.slots = tuple(slots)
         self.layers = tuple(dict.fromkeys(slot.layer for slot in slots))
+        self.widths = dict(widths or {})
         self.device = device
         num_slots, num_layers = len(self.slots), len(self.layers)
-        extras, units = num_layers * sum(self.widths.values()), sum(slot.units for slot in slots)
-        sizes = (FLAGS, num_slots, num_slots, num_layers, num_layers, num_layers, norms, extras, units)
-        ends = list(itertools.accumulate(sizes))
-        parts = iter([slice(start, end) for start, end in itertools.pairwise([0, *ends])])
-        self.flags, self.counts, self.squares = next(parts), next(parts), next(parts)
-        self.gradient_counts, self.gradient_sums, self.gradient_squares = next(parts), next(parts), next(parts)
-        self.norms, self.extras, self.sums = parts
-        self.size = ends[-1]
-        begins = list(itertools.accumulate((slot.units for slot in slots), initial=0))[:-1]
-        self.starts = begins if slots and all(slot.units for slot in slots) else None  # which leaves no slot empty
-        place = {layer: i for i, layer in enumerate(self.layers)}
-        self.units = np.array([slot.units for slot in slots], dtype=np.int64)  # [slots]
-        self.layer_of_slot = np.array([place[slot.layer] for slot in slots], dtype=np.int64)
-        self.units_there = torch.from_numpy(self.units).to(device)
-        self._known = frozenset(slots)
+        num_units = sum(slot.units for slot in slots)
+
+        num_measured = num_layers * sum(self.widths.values())
+        of_slots, of_layers = [num_slots] * 2, [num_layers] * 3
+        slices = _consecutive_slices([NUM_FLAGS, *of_slots, *of_layers, norms, num_measured, num_units])
+        self.flags, self.counts, self.squares = slices[:3]
+        self.gradient_counts, self.gradient_sums, self.gradient_squares = slices[3:6]
+        self.norms, self.measured, self.sums = slices[6:]
+        self.size = self.sums.stop
+
+        index_of_layer = {layer: i for i, layer in enumerate(self.layers)}
+        self.units = np.array([slot.units for slot in slots], dtype=np.int64)
+        self.units_on_device = torch.from_numpy(self.units).to(device)
+        self.layer_of_slot = np.array([index_of_layer[slot.layer] for slot in slots], dtype=np.int64)
+        none_empty = bool(slots) and all(slot.units for slot in slots)
+        self.starts = [s.start for s in _consecutive_slices([slot.units for slot in slots])] if none_empty else None
+
+        # memory that every step uses again
         self._vector = torch.empty(self.size, dtype=torch.float64, device=device)
-        self.scratch = np.empty(units)
-        nothing = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
-        self._nothing = {slot.units: Moments(0, nothing[: slot.units], 0.0) for slot in slots}
+        self.scratch = np.empty(num_units)
+        self._known_slots = frozenset(slots)
+        zeros = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
+        self._no_outputs = {slot.units: Moments(0, zeros[: slot.units], 0.0) for slot in slots}
 
     @functools.cached_property
-    def _layers_there(self) -> tuple[Tensor, Tensor]:
-        """The layers of slots and of units, int64 on the device."""
+    def _layers_on_device(self) -> tuple[Tensor, Tensor]:
+        """The index of the layer of each slot and of each unit, int64 on the device."""
         of_units = self.layer_of_slot.repeat(self.units)
         return torch.from_numpy(self.layer_of_slot).to(self.device), torch.from_numpy(of_units).to(self.device)
 
-    def knows(self, records: Mapping[str, LayerRecord]) -> bool:
-        """Whether every slot of ``records`` has its place."""
-        return all((name, units) in self._known for name, record in records.items() for units in record.outputs)
+    def has_all_slots_of(self, records: Mapping[str, LayerRecord]) -> bool:
+        """Whether the layout has every slot of ``records``."""
+        return all((name, units) in self._known_slots for name, record in records.items() for units in record.outputs)
 
     def means(self, total: Tensor) -> Tensor:
-        """The mean of all outputs of each layer, [layers], from a summed vector; NaN of nothing."""
-        of_slots, of_units = self._layers_there
+        """The mean of all outputs of each layer, [layers], from a summed vector; NaN of no outputs."""
+        of_slots, of_units = self._layers_on_device
         sums = total.new_zeros(len(self.layers)).index_add_(0, of_units, total[self.sums])
         return sums / total.new_zeros(len(self.layers)).index_add_(0, of_slots, total[self.counts])
 
     def pack(self, records: Mapping[str, LayerRecord], norms: Sequence[Number], flags: Sequence[float]) -> Tensor:
-        """This rank's vector, float64. Slots the layout lacks are left out; absent ones are zero.
+        """This rank's vector, float64 [size]. Slots the layout does not have are left out; absent ones are zero.
 
-        It is written over by the next one: fresh memory of its size costs more than what is written to it.
+        The next call overwrites it: fresh memory of its size costs more than what is written to it.
         """
-        nobody, nothing = LayerRecord(), Moments(0, 0.0, 0.0)
-        outputs = [records.get(name, nobody).outputs.get(units, self._nothing[units]) for name, units in self.slots]
-        gradients = [records.get(name, nobody).gradients or nothing for name in self.layers]
+        no_record, no_gradients = LayerRecord(), Moments(0, 0.0, 0.0)
+        outputs = [records.get(name, no_record).outputs.get(n, self._no_outputs[n]) for name, n in self.slots]
+        gradients = [records.get(name, no_record).gradients or no_gradients for name in self.layers]
         numbers: list[Number] = [*flags, *(moments.n for moments in outputs), *(moments.squares for moments in outputs)]
         for column in zip(*gradients, strict=True):
             numbers += column
         numbers += norms
-        sums = [moments.sums for moments in outputs if isinstance(moments.sums, Tensor)]  # all of them: by unit
-        return torch.cat([pack(numbers, self.device), *self._extras(records), *sums], out=self._vector)
+        sums = [moments.sums for moments in outputs if isinstance(moments.sums, Tensor)]  # all are: they have units
+        return torch.cat([pack(numbers, self.device), *self._measured_of(records), *sums], out=self._vector)
 
-    def _extras(self, records: Mapping[str, LayerRecord]) -> list[Tensor]:
-        """What was measured on request, [layers · width] each."""
-        nothing = {stat: torch.zeros(n, dtype=torch.float64, device=self.device) for stat, n in self.widths.items()}
-        found = [records[name].extras if name in records else {} for name in self.layers]
-        return [extras.get(stat, zeros) for stat, zeros in nothing.items() for extras in found]
+    def _measured_of(self, records: Mapping[str, LayerRecord]) -> list[Tensor]:
+        """Of each statistic with a width, what was measured of each layer, [width] each."""
+        blocks = []
+        for stat, width in self.widths.items():
+            zeros = torch.zeros(width, dtype=torch.float64, device=self.device)
+            for name in self.layers:
+                measured = records[name].measured.get(stat) if name in records else None
+                blocks.append(measured if isinstance(measured, Tensor) else zeros)
+        return blocks
+
+
+def _consecutive_slices(sizes: Sequence[int]) -> list[slice]:
+    """One slice of each size, each beginning where the one before ends.
+
+    >>> _consecutive_slices([2, 3])
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
 def slots_of(records: Mapping[str, LayerRecord]) -> list[Slot]:
@@ -119,7 +151,11 @@ def slots_of(records: Mapping[str, LayerRecord]) -> list[Slot]:
 
 
 def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
-    """All slots of all ranks: the first rank's order, what it lacks after the slot it follows elsewhere."""
+    """All slots of all ranks in the first rank's order; a slot it lacks comes after the slot it follows on its rank.
+
+    >>> in_one_order([["a", "c"], ["a", "b", "c"]])
+    ['a', 'b', 'c']
+    """
     merged: list[Slot] = []
     known: set[Slot] = set()
     for order in orders:
@@ -139,24 +175,24 @@ def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
 class PackedState(Metric):
     """A float64 vector that adds up over updates and over ranks.
 
-    ``compute`` costs one ``all_reduce`` of the vector's size, whatever the number of ranks. It is a collective:
-    every rank has to call it, with vectors of one size, which is the caller's business to agree on.
+    ``compute`` costs one ``all_reduce`` of the vector's size, whatever the number of ranks. It is a collective: every
+    rank has to call it, with a vector of the same size.
 
     Args:
-        device: where it lives. Kept off the model, it is never cast and in no state dict.
+        device: where it lives. It is no submodule of the model, so it is never cast and in no state dict.
     """
 
     full_state_update = False
     packed: Tensor
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(dist_sync_fn=_summed_over_ranks)
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        self.add_state("packed", default=nothing, dist_reduce_fx="sum")
+        super().__init__(dist_sync_fn=_sum_over_ranks)
+        empty = torch.zeros((), dtype=torch.float64, device=device)
+        self.add_state("packed", default=empty, dist_reduce_fx="sum")
         self.to(device)
 
     def update(self, vector: Tensor) -> None:
-        """Add ``vector``, [size]. The first becomes the state as it is, and ranks write their sum over it."""
+        """Add ``vector``, [size]. The first is kept without a copy: the all_reduce overwrites the caller's tensor."""
         self.packed = self.packed + vector if self.packed.dim() else vector
 
     def compute(self) -> Tensor:
@@ -164,58 +200,56 @@ class PackedState(Metric):
         return self.packed
 
 
-def _summed_over_ranks(vector: Tensor, group: Any = None) -> list[Tensor]:
-    """What torchmetrics expects of a gather, as one reduction: a list to sum, of the sum alone."""
-    dist.all_reduce(vector, op=dist.ReduceOp.SUM, group=group)
+def _sum_over_ranks(vector: Tensor, group: Any = None) -> list[Tensor]:
+    """Stands in for the all_gather that torchmetrics expects, whose result it sums: a list that holds only the sum."""
+    all_reduce(vector)  # over all ranks: a PackedState is made without a process group
     return [vector]
 
 
 class SecondPass:
-    """What has to wait for the first sum: fourth powers about the common mean, and a maximum.
+    """Exchanges what cannot be summed with the rest: maxima, and powers of the distance from the common mean.
 
     Args:
-        stats: the chosen statistics; without ``activation_max`` and ``kurtosis`` nothing happens.
+        stats: the chosen statistics. If all of them add up as sums, nothing happens.
         layout: of the first exchange.
-        records: of this rank, empty if it has failed. It takes part all the same.
+        records: of this rank; empty if it has failed, because it has to take part in the collectives all the same.
+
+    Attributes:
+        results: by statistic, what was exchanged, [layers].
     """
 
     def __init__(self, stats: Sequence[str], layout: VectorLayout, records: Mapping[str, LayerRecord]) -> None:
-        self.largest: Tensor | None = None  # [layers]
-        self.fourth: Tensor | None = None  # Σ(x - mean)⁴, [layers]
-        self._stats, self._layout, self._records = stats, layout, records
+        self.results: dict[str, Tensor] = {}
+        self._measures = {stat: m for stat, m in measures_of(stats).items() if m.adds_up != "sum"}
+        self._layout, self._records = layout, records
 
     def exchange(self, total: Tensor, on_fault: Callable[[str, Exception], None]) -> None:
-        """One collective per statistic; a rank that cannot tell its part makes it NaN for this step."""
-        if "activation_max" in self._stats:
-            self.largest = self._guarded(self._own_largest, on_fault)
-            reduce_(self.largest, maximum=True)
-        if "kurtosis" in self._stats:
-            self.fourth = self._guarded(lambda: self._own_fourth(total), on_fault)
-            reduce_(self.fourth)
+        """One collective per statistic; a rank that fails makes the statistic NaN in this step.
 
-    def _guarded(self, own: Callable[[], Tensor], on_fault: Callable[[str, Exception], None]) -> Tensor:
-        try:
-            return own()
-        except Exception as error:
-            on_fault("second exchange", error)
-            return torch.full((len(self._layout.layers),), torch.nan, dtype=torch.float64, device=self._layout.device)
+        Args:
+            total: the vector of the first exchange, summed over ranks.
+            on_fault: called with what failed and the exception.
+        """
+        for stat, measure in self._measures.items():
+            try:
+                vector = self._vector(stat, measure, total)
+            except Exception as error:
+                on_fault("second exchange", error)
+                vector = torch.full_like(self._zeros(), torch.nan)
+            all_reduce(vector, maximum=measure.adds_up == "max")
+            self.results[stat] = vector
 
-    def _own_largest(self) -> Tensor:
-        values = self._zeros()
-        for i, record in self._found():
-            if record.largest is not None:
-                values[i] = record.largest
-        return values
-
-    def _own_fourth(self, total: Tensor) -> Tensor:
-        values, means = self._zeros(), self._layout.means(total)
-        for i, record in self._found():
-            if record.central is not None:
-                values[i] = shifted_to(record.central, means[i])[2]
-        return values
-
-    def _found(self) -> list[tuple[int, LayerRecord]]:
-        return [(i, self._records[name]) for i, name in enumerate(self._layout.layers) if name in self._records]
+    def _vector(self, stat: str, measure: OutputMeasure, total: Tensor) -> Tensor:
+        """This rank's numbers, [layers]."""
+        vector = self._zeros()
+        means = self._layout.means(total) if measure.adds_up == "central" else vector
+        for i, name in enumerate(self._layout.layers):
+            measured = self._records[name].measured.get(stat) if name in self._records else None
+            if isinstance(measured, CentralMoments):
+                vector[i] = shifted_to(measured, means[i])[measure.power - 2]
+            elif measured is not None:
+                vector[i] = measured
+        return vector
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._layout.layers), dtype=torch.float64, device=self._layout.device)

@@ -1,4 +1,4 @@
-"""The monitor without Lightning: a context manager around any forward and backward pass."""
+"""The monitor without Lightning: a context manager around any code that runs a model forward and backward."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ from torch import nn
 from lightning_init.checks import check_list
 from lightning_init.distributed.ranks import world_size
 from lightning_init.introspect.layers import find_layers, select_layers
-from lightning_init.monitor.collector import EagerMoment
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
-
-_NEED_A_STEP = frozenset({"update_ratio", "gradient_norm_clipped"})
+from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, chosen_stats
 
 
 class observe:
-    """Measure every layer's output and gradient in a block of plain PyTorch, with the monitor's own numbers.
+    """Record every layer's output and gradient in a block of plain PyTorch: the same numbers as the monitor's.
 
-    All forward and backward passes inside the block count; norms are those of ``parameter.grad`` when ``compute``
-    is called. Where ``torch.distributed`` is initialised, all ranks have to do the same, and gradients are those of
-    the mean of their losses.
+    All forward and backward passes inside the block are recorded; norms are those of ``parameter.grad`` when
+    ``compute`` is called. Where ``torch.distributed`` is initialised, all ranks have to do the same, and gradients are
+    those of the mean of their losses.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-    >>> with observe(model, stats=["activation_variance", "gradient_norm"]) as watching:
+    >>> with observe(model, stats=["activation_variance", "gradient_norm"]) as observation:
     ...     model(torch.randn(16, 4)).square().mean().backward()
-    >>> stats = watching.compute()
+    >>> stats = observation.compute()
     >>> list(stats.values["activation_variance"]), list(stats.values["gradient_norm"])
     (['0', '1', '2'], ['0', '2', 'total'])
 
     Args:
         model: any module; it may be wrapped or compiled. Compiled code runs eagerly inside the block.
         layers: globs on layer names; None: every layer.
-        stats: the statistics; None: the monitor's default set. Those about an optimizer's step are not to be had.
+        stats: the statistics; None: the monitor's default set. Those that need an optimizer's step are not available.
 
     Raises:
         ValueError: a glob matches no layer; a statistic does not exist, or needs an optimizer's step.
@@ -47,8 +44,9 @@ class observe:
     ) -> None:
         check_list("layers", layers)
         chosen = chosen_stats(stats)
-        if unfit := _NEED_A_STEP.intersection(chosen):
-            allowed = ", ".join(stat for stat in get_args(StatName) if stat not in _NEED_A_STEP)
+        if unfit := {stat for stat in chosen if STATISTICS[stat].needs_step}:
+            need_a_step = {stat for stat, statistic in STATISTICS.items() if statistic.needs_step}
+            allowed = ", ".join(stat for stat in get_args(StatName) if stat not in need_a_step)
             raise ValueError(
                 f"observe sees no optimizer step, which {sorted(unfit)} would need; allowed are {allowed}. "
                 "ActivationVarianceMonitor has all of them."
@@ -56,22 +54,19 @@ class observe:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._model = model
         self._recorder = Recorder(select_layers(find_layers(model), layers), chosen, device)
-        self._eager = EagerMoment()
         self._stats: LayerStats | None = None
 
     def __enter__(self) -> observe:
-        self._recorder.start()
+        self._recorder.start_step()
         self._stats = None
-        self._eager.start()
-        self._recorder.collector.attach()
-        self._recorder.collector.gradient_factor = 1.0 / world_size()
+        self._recorder.attach()
+        self._recorder.announce_backward(1.0 / world_size())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._recorder.collector.detach()
-        self._eager.stop()
+        self._recorder.detach()
 
     def compute(self) -> LayerStats:
         """The statistics of the block. A collective where there are ranks.
@@ -80,7 +75,7 @@ class observe:
             RuntimeError: a measurement has failed, on whichever rank.
         """
         if self._stats is None:
-            self._recorder.before_step(self._model.parameters())
+            self._recorder.before_optimizer_step(self._model.parameters())
             self._stats = self._recorder.exchange()
             if self._stats is None:
                 raise RuntimeError(

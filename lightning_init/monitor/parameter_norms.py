@@ -1,4 +1,9 @@
-"""Squared norms of parameters, their gradients and their updates: per layer and in total, however they are spread."""
+"""Norms of parameters, of their gradients and of their updates: per layer and in total, on any number of ranks.
+
+Squared norms add up over blocks, parameters and ranks, so squares are what is recorded and exchanged; the root is taken
+at the end. :class:`ParameterNorms` records them for the parameters of a step, :func:`sums_of_squares` computes them for
+a list of tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +19,25 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.moments import Number, add_up, has_fast_path, moments_of, needs_device_sync, pack
-
-KINDS_OF = {
-    "gradient_norm": ("gradient",),
-    "gradient_norm_clipped": ("clipped",),
-    "weight_norm": ("weight",),
-    "update_ratio": ("weight", "update"),
-}
-"""What each statistic is made of."""
+from lightning_init.monitor.statistics import NormKind, norm_kinds_of
 
 
 class _Squares(NamedTuple):
-    """Squared norms of what belongs to ``parameters``."""
+    """Squared norms, one for each of ``parameters``."""
 
     parameters: tuple[nn.Parameter, ...]
-    values: Sequence[Number]
+    numbers: Sequence[Number]
 
 
-class _Places(NamedTuple):
-    """Where the squares of ``parameters`` go: (place, column) of those that layers own, the columns of the others."""
+class _Destinations(NamedTuple):
+    """Where the squared norms of ``parameters`` go in a packed block.
+
+    Attributes:
+        parameters: in the order of their squared norms.
+        owned: (index in the block, index in ``parameters``) of those that a layer owns.
+        others: indices in ``parameters`` of those that no layer owns: they are added up at the block's index 0.
+        counts: the block's second half, as :meth:`ParameterNorms.packed` describes it.
+    """
 
     parameters: tuple[nn.Parameter, ...]
     owned: list[tuple[int, int]]
@@ -41,42 +46,41 @@ class _Places(NamedTuple):
 
 
 class ParameterNorms:
-    """Collects, between two exchanges, squared norms of tensors that belong to parameters.
+    """Records, between two exchanges, squared norms of tensors that belong to parameters.
 
-    Each rank adds the squares of what it holds, divided by the number of ranks that hold the same numbers, so
+    Each rank adds the squares of the elements it holds, divided by the number of ranks that hold the same elements, so
     that the sum over all ranks is the squared norm of the whole tensor, however it is spread.
 
     Args:
-        layers: whose norms are read; a parameter shared by two layers is in both, and once in total.
-        stats: which statistics will be asked for.
+        layers: whose norms are wanted; a parameter shared by two layers is in both, and once in the total.
+        stats: which statistics will be asked for; norms that none of them is made of are not taken.
         world_size: number of ranks that will be summed over.
     """
 
     def __init__(self, layers: Sequence[Layer], stats: Sequence[str], world_size: int = 1) -> None:
-        self.kinds = tuple(dict.fromkeys(kind for stat in stats for kind in KINDS_OF.get(stat, ())))
+        self.kinds = norm_kinds_of(stats)
         self.world_size = world_size
         self._owned = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters))
-        self._place = {parameter: place for place, parameter in enumerate(self._owned, 1)}
-        rows = {layer.name: [self._place[p] for p in layer.parameters] for layer in layers if layer.parameters}
-        self._owners = list(rows)
-        self._members = np.array([place for row in rows.values() for place in row], dtype=np.int64)
-        self._starts = np.cumsum([0, *map(len, rows.values())])[:-1]
+        self._index = {parameter: index for index, parameter in enumerate(self._owned, 1)}  # 0 is for all others
+        by_owner = {layer.name: [self._index[p] for p in layer.parameters] for layer in layers if layer.parameters}
+        self._owners = list(by_owner)
+        # the indices of the first owner's parameters, then the second's, and where each owner's begin
+        self._members = np.array([index for indices in by_owner.values() for index in indices], dtype=np.int64)
+        self._starts = np.cumsum([0, *map(len, by_owner.values())])[:-1]
         self._squares: dict[str, list[_Squares]] = {kind: [] for kind in self.kinds}
-        self._places: dict[str, _Places] = {}
+        self._destinations: dict[str, _Destinations] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
 
     @property
     def size(self) -> int:
-        """How many numbers are packed: per kind, squares of all others and of each owned parameter, then counts."""
+        """How many numbers :meth:`packed` gives; it depends on nothing but the model and the statistics."""
         return len(self.kinds) * 2 * (1 + len(self._owned))
 
-    @property
-    def needs_post_step(self) -> bool:
-        """Whether something has to be measured when the optimizer has stepped."""
-        return bool({"update", "clipped"} & set(self.kinds))
-
     def before_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
-        """Take whole gradients times ``factor``, and weights as they are now. A parameter's last step counts."""
+        """Record the norms of ``gradients`` times ``factor``, and of weights before the optimizer's step.
+
+        If a parameter is recorded several times between two exchanges, the last time counts.
+        """
         if "gradient" in self.kinds:
             self.add("gradient", gradients, factor)
         if "weight" in self.kinds:
@@ -85,75 +89,86 @@ class ParameterNorms:
             self._before.update({parameter: parameter.detach().clone() for parameter in gradients})
 
     def after_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
-        """Take gradients that have been clipped, and how far weights have moved."""
+        """Record the norms of gradients as they are after clipping, and of what the step has added to the weights."""
         if "clipped" in self.kinds:
             self.add("clipped", gradients, factor)
-        moved = {parameter: parameter.detach() - self._before.pop(parameter) for parameter in list(self._before)}
-        if moved:
-            self.add("update", moved)
+        updates = {parameter: parameter.detach() - self._before.pop(parameter) for parameter in list(self._before)}
+        if updates:
+            self.add("update", updates)
 
-    def add(self, kind: str, tensors: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
-        """Remember the squared norms of ``tensors`` times ``factor``."""
+    def add(self, kind: NormKind, tensors: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
+        """Record the squared norms of ``tensors`` times ``factor``."""
         if tensors:
-            values: Sequence[Number] = sums_of_squares(list(tensors.values()), self.world_size)
+            squares: Sequence[Number] = sums_of_squares(list(tensors.values()), self.world_size)
             if isinstance(factor, Tensor):
-                values = (pack(values, factor.device) * factor**2).unbind()
+                squares = (pack(squares, factor.device) * factor**2).unbind()
             elif factor != 1.0:
-                values = [value * factor**2 for value in values]
-            self._squares[kind].append(_Squares(tuple(tensors), values))
+                squares = [square * factor**2 for square in squares]
+            self._squares[kind].append(_Squares(tuple(tensors), squares))
 
     def clear(self) -> None:
-        """Forget what was collected."""
+        """Forget what was recorded."""
         for squares in self._squares.values():
             squares.clear()
         self._before.clear()
 
     def packed(self) -> list[Number]:
-        """[size]: per kind, squared norms, each at its parameter's place, and how many parameters each is of."""
+        """What was recorded, [size], in a form that ranks can add up.
+
+        For each kind, one block of twice 1 + the number of owned parameters: the squared norm of all parameters that no
+        layer owns, and of each that one does; then the number of tensors behind each of these squared norms.
+        """
         return [number for kind in self.kinds for number in self._block(kind)]
 
     def read(self, numbers: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
-        """By kind, norms of layers and "total" from packed numbers that ranks have added up; of none is none."""
-        blocks = numbers.reshape(len(self.kinds), 2, 1 + len(self._owned))
-        by_owner = blocks[..., self._members]
-        sums = [np.add.reduceat(by_owner, self._starts, axis=-1)] if self._owners else []
-        squares, counts = np.concatenate([*sums, blocks.sum(-1, keepdims=True)], -1).swapaxes(0, 1)
+        """By kind, the norm of each layer and of "total", from packed numbers that ranks have added up.
+
+        A layer none of whose parameters was measured is left out, and so is a total of nothing.
+        """
+        blocks = numbers.reshape(len(self.kinds), 2, 1 + len(self._owned))  # [kinds, squares or counts, parameters]
+        columns = [blocks.sum(-1, keepdims=True)]
+        if self._owners:  # reduceat fails on no owners
+            columns.insert(0, np.add.reduceat(blocks[..., self._members], self._starts, axis=-1))
+        by_name = np.concatenate(columns, -1)  # [kinds, squares or counts, owners and total]
+        norms, counts = np.sqrt(by_name[:, 0]).tolist(), by_name[:, 1].tolist()
         names = [*self._owners, "total"]
-        found = zip(self.kinds, np.sqrt(squares).tolist(), counts.tolist(), strict=True)
-        return {kind: {name: norm for name, norm, n in zip(names, *row, strict=True) if n} for kind, *row in found}
+        return {
+            kind: {name: norm for name, norm, count in zip(names, norms[i], counts[i], strict=True) if count}
+            for i, kind in enumerate(self.kinds)
+        }
 
     def _block(self, kind: str) -> list[Number]:
-        found = self._squares[kind]
-        parameters = tuple(parameter for squares in found for parameter in squares.parameters)
-        values = [value for squares in found for value in squares.values]
-        places = self._places.get(kind)
-        if places is None or not _same(places.parameters, parameters):  # they are the next time, as a rule
-            places = self._places[kind] = self._places_of(parameters)
+        recorded = self._squares[kind]
+        parameters = tuple(parameter for squares in recorded for parameter in squares.parameters)
+        numbers = [number for squares in recorded for number in squares.numbers]
+        destinations = self._destinations.get(kind)
+        if destinations is None or not _are_same(destinations.parameters, parameters):  # as a rule they are
+            destinations = self._destinations[kind] = self._destinations_of(parameters)
         block: list[Number] = [0.0] * (1 + len(self._owned))
-        for place, column in places.owned:
-            block[place] = values[column]
-        if places.others:
-            block[0] = add_up([values[column] for column in places.others])
-        return block + places.counts
+        for index, column in destinations.owned:
+            block[index] = numbers[column]
+        if destinations.others:
+            block[0] = add_up([numbers[column] for column in destinations.others])
+        return block + destinations.counts
 
-    def _places_of(self, parameters: tuple[nn.Parameter, ...]) -> _Places:
+    def _destinations_of(self, parameters: tuple[nn.Parameter, ...]) -> _Destinations:
         last = {parameter: column for column, parameter in enumerate(parameters)}
-        owned = [(self._place[parameter], column) for parameter, column in last.items() if parameter in self._place]
-        others = [column for parameter, column in last.items() if parameter not in self._place]
+        owned = [(self._index[parameter], column) for parameter, column in last.items() if parameter in self._index]
+        others = [column for parameter, column in last.items() if parameter not in self._index]
         counts = [float(len(others)), *(float(parameter in last) for parameter in self._owned)]
-        return _Places(parameters, owned, others, counts)
+        return _Destinations(parameters, owned, others, counts)
 
 
-def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
     """Whether both hold the same objects; ``==`` would compare the parameters' elements."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def whole_gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """The gradients of ``parameters``, as far as there are any.
+    """The gradients of those ``parameters`` that have one, summed where ranks have not summed them yet.
 
-    Under sequence parallelism a norm's gradient is a sum that ranks have not made yet, and squares of parts don't
-    add up: it is made here. That is a collective, so every rank has to call this.
+    Under sequence parallelism, the gradient of a normalisation's weight is spread over ranks as terms of a sum, and the
+    squares of terms do not add up to the square of the sum. Summing it is a collective: every rank has to call this.
     """
     gradients = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
     for parameter, gradient in gradients.items():
@@ -164,38 +179,44 @@ def whole_gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Te
 
 
 _SMALL = 1 << 13
-"""Elements up to which tensors are squared together, where the calls cost more than the numbers."""
-_TOGETHER = 1 << 17
-"""Elements that are enough for one go: their float64 copy stays in the cache."""
+"""Elements up to which tensors are concatenated before they are squared: below, calls cost more than arithmetic."""
+_GROUP = 1 << 17
+"""Elements of a group of small tensors: their float64 copy, 1 MiB, still fits into the cache."""
 
 
 def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Number]:
-    """This rank's share of Σx² of each tensor: summed over all ranks it is the squared norm."""
+    """This rank's contribution to Σx² of each tensor: summed over all ranks, the squared norm of the whole tensor.
+
+    Args:
+        tensors: of any dtype, sharded, sparse or complex ones among them.
+        world_size: number of ranks; a tensor they all hold contributes 1 / world_size of its Σx² on each.
+    """
     sums: dict[int, Number] = {}
     small: list[tuple[int, Tensor]] = []
     copies = [world_size] * len(tensors)
     for i, tensor in enumerate(tensors):
-        quick = has_fast_path(tensor)
-        if not quick:
-            tensor, copies[i] = _held(tensor, world_size)
-            quick = has_fast_path(tensor)
-        if quick or tensor.numel() > _SMALL or tensor.is_mps:  # which has no float64
+        fast = has_fast_path(tensor)
+        if not fast:
+            tensor, copies[i] = _local_elements(tensor, world_size)
+            fast = has_fast_path(tensor)
+        if fast or tensor.numel() > _SMALL or tensor.is_mps:  # Apple's GPUs have no float64; moments_of knows
             sums[i] = moments_of(tensor).squares
         else:
             small.append((i, tensor))
     for group in _groups(small):
         flat = torch.cat([tensor.reshape(-1) for _, tensor in group]).double()
         sizes = torch.tensor([tensor.numel() for _, tensor in group], device="cpu")
-        lengths = sizes.to(flat.device, non_blocking=True)  # or it would wait for the backward pass
-        together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)  # unsafe: lengths unread
+        lengths = sizes.to(flat.device, non_blocking=True)  # a blocking copy would wait for the backward pass
+        # unsafe=True: the lengths are right, and checking them would read them from the device
+        together = torch.segment_reduce(flat * flat, "sum", lengths=lengths, unsafe=True)
         sums.update(
             zip((i for i, _ in group), together.unbind() if needs_device_sync(flat) else together.tolist(), strict=True)
         )
     return [sums[i] / copies[i] for i in range(len(tensors))]
 
 
-def _held(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
-    """This rank's real numbers of ``tensor``, and the number of ranks that hold the same."""
+def _local_elements(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
+    """The elements of ``tensor`` that this rank holds, as real numbers, and how many ranks hold the same ones."""
     copies = world_size
     if isinstance(tensor, DTensor):
         for dim, placement in enumerate(tensor.placements):
@@ -212,14 +233,14 @@ def _held(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
 
 
 def _groups(tensors: Iterable[tuple[int, Tensor]]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Tensors of one type and device together, in groups that are large enough."""
+    """Groups of tensors of one dtype and device, each of at least ``_GROUP`` elements but for the last."""
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
     for i, tensor in tensors:
         key = tensor.dtype, tensor.device
         groups.setdefault(key, []).append((i, tensor))
         sizes[key] = sizes.get(key, 0) + tensor.numel()
-        if sizes[key] >= _TOGETHER:
+        if sizes[key] >= _GROUP:
             sizes[key] = 0
             yield groups.pop(key)
     yield from groups.values()

@@ -1,4 +1,4 @@
-"""One logged step from the first hook to the finished numbers: tap and norms filled, one exchange, one reading."""
+"""A logged step from the first hook to the finished statistics: record on every rank, exchange once, finish."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_init.distributed.ranks import all_gather_object, world_size
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.collector import ActivationCollector, LayerRecord
+from lightning_init.monitor.collector import ActivationCollector, LayerRecord, always
 from lightning_init.monitor.exchange import (
     FAULT,
-    FLAGS,
+    NUM_FLAGS,
     UNKNOWN_SLOT,
     PackedState,
     SecondPass,
@@ -22,121 +22,169 @@ from lightning_init.monitor.exchange import (
     in_one_order,
     slots_of,
 )
+from lightning_init.monitor.moments import Number
 from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
-from lightning_init.monitor.statistics import ADDITIVE, LayerStats
+from lightning_init.monitor.statistics import STATISTICS, LayerStats, measures_of
 from lightning_init.monitor.step_result import StepResult
 
 
-class _Hello(NamedTuple):
-    """What ranks tell each other when they agree on a layout, or on switching off."""
+class _RankState(NamedTuple):
+    """What each rank tells the others when they agree on a layout, or on switching off."""
 
     slots: list[Slot]
-    fault: str | None
+    local_error: str | None
+
+
+def unscaled() -> float:
+    """The factor of gradients that are what they should be."""
+    return 1.0
 
 
 class Recorder:
-    """Measures a model's layers and agrees with all ranks on the numbers.
+    """Records a model's statistics on every rank and agrees with all ranks on the numbers.
 
-    Anything that fails on a rank is kept as its ``fault``. The rank goes on taking part in the exchanges, so
-    that nobody waits for it, and the next one tells all ranks to stop: then ``off`` is the reason.
+    A logged step is: ``start_step``; ``attach``, forward passes, ``announce_backward``, backward passes and ``detach``,
+    once for each micro-batch; ``before_optimizer_step``, and where ``needs_post_step``, ``after_optimizer_step``;
+    then ``exchange``.
+
+    Whatever fails on a rank is kept there as its ``local_error``. The rank goes on taking part in the exchanges, so
+    that no other rank waits for it in vain, and the next exchange tells all ranks to stop: it sets
+    ``disabled_reason``.
 
     Args:
-        layers: what to measure.
+        layers: what is recorded.
         stats: which statistics, names of :data:`~lightning_init.monitor.statistics.StatName` without "default".
         device: where the summed vector lives.
+
+    Attributes:
+        local_error: the first thing that failed on this rank.
+        disabled_reason: why all ranks have stopped, once they have.
     """
 
     def __init__(self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device) -> None:
         self.layers = list(layers)
         self.stats = tuple(stats)
-        self.device = torch.device("cpu") if device.type == "mps" else device  # which has no float64
-        self.collector = ActivationCollector(layers, stats, on_fault=self._hook_fault)
-        self.norms = ParameterNorms(layers, stats, world_size())
+        self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+        self.needs_post_step = any(STATISTICS[stat].needs_step for stat in stats)
         self.local_error: str | None = None
         self.disabled_reason: str | None = None
+        self._collector = ActivationCollector(layers, stats, on_fault=self._fail_in_hook)
+        self._norms = ParameterNorms(layers, stats, world_size())
         self._layout: VectorLayout | None = None
         self._state: PackedState | None = None
 
     @property
     def silent_layers(self) -> list[str]:
-        """Layers no rank has called so far."""
+        """Layers of which no rank has recorded an output so far."""
         known = {
             *(self._layout.layers if self._layout else ()),
-            *self.collector.partial,
-            *self.collector.returned_child_output,
+            *self._collector.partial_layers,
+            *self._collector.returned_child_output,
         }
         return [layer.name for layer in self.layers if layer.name not in known]
 
-    def start(self) -> None:
-        """Begin a new step: forget what an unfinished one left."""
-        self.collector.drain()
-        self.norms.clear()
+    @property
+    def partial_layers(self) -> list[str]:
+        """Layers whose outputs or gradients were sums that ranks had not made yet, and could not be recorded."""
+        return list(self._collector.partial_layers)
 
-    def before_step(
-        self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0
-    ) -> None:
-        """Take the norms of ``parameters``, which are about to be stepped, and of their gradients times ``factor()``.
+    @property
+    def unannounced_gradients(self) -> int:
+        """How many gradients of this step came without ``announce_backward``, and were not recorded."""
+        return self._collector.unannounced_gradients
 
-        Can be a collective, as ``after_step`` can: every rank has to call it, failed or not.
+    def start_step(self) -> None:
+        """Begin a logged step: forget what an unfinished one has recorded."""
+        self._collector.drain()
+        self._norms.clear()
+
+    def attach(self, should_record: Callable[[], bool] = always) -> None:
+        """Put hooks on the layers; until ``detach``, compiled code runs eagerly.
+
+        Args:
+            should_record: asked at each call of a layer whether its output is recorded.
         """
-        if self.norms.kinds:
+        self._collector.attach(should_record)
+
+    def detach(self) -> None:
+        """Take the hooks off. What was recorded stays."""
+        self._collector.detach()
+
+    def announce_backward(self, factor: Number) -> None:
+        """Record the gradients of backward passes from here on, times ``factor``, until ``end_backward``."""
+        self._collector.gradient_factor = factor
+
+    def end_backward(self) -> None:
+        """Record no more gradients."""
+        self._collector.gradient_factor = None
+
+    def before_optimizer_step(
+        self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled
+    ) -> None:
+        """Record the norms of ``parameters``, which the optimizer is about to change, and of their gradients.
+
+        Can be a collective, as ``after_optimizer_step`` can: every rank has to call it, failed or not.
+
+        Args:
+            parameters: of one optimizer.
+            factor: called for what gradients are multiplied by.
+        """
+        if self._norms.kinds:
             gradients = whole_gradients(parameters)
             if self.local_error is None:
-                self.norms.before_step(gradients, factor())
+                self._norms.before_step(gradients, factor())
 
-    def after_step(
-        self, parameters: Iterable[nn.Parameter], factor: Callable[[], float | Tensor] = lambda: 1.0
-    ) -> None:
-        """Take what has to be taken when the optimizer has stepped."""
+    def after_optimizer_step(self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled) -> None:
+        """Record clipped gradients and updates, when the optimizer has changed ``parameters``."""
         gradients = whole_gradients(parameters)
         if self.local_error is None:
-            self.norms.after_step(gradients, factor())
+            self._norms.after_step(gradients, factor())
 
     def fail(self, where: str, error: BaseException) -> None:
         """Remember the first thing that went wrong."""
         self.local_error = self.local_error or f"{where}: {type(error).__name__}: {error}"
 
     def exchange(self) -> LayerStats | None:
-        """Sum the step over all ranks; None if a rank has failed, and then ``off`` says why.
+        """Sum the step over all ranks; None if a rank has failed, and then ``disabled_reason`` says why.
 
         A collective: every rank has to call it, failed or not.
         """
-        records = self.collector.drain()
+        records = self._collector.drain()
         if self._layout is None:
             self._agree(records)
-        flags, reading = self._summed(records)
+        flags, result = self._sum_over_ranks(records)
         if flags[UNKNOWN_SLOT] and not flags[FAULT]:
             self._agree(records)
-            flags, reading = self._summed(records)
-        self.norms.clear()
-        self.collector.reuse(records)
+            flags, result = self._sum_over_ranks(records)
+        self._norms.clear()
+        self._collector.reuse(records)
         if flags[FAULT]:
             self._agree({})
-        return reading.stats(self.stats, self.layers) if reading and not self.disabled_reason else None
+        return result.stats(self.stats, self.layers) if result and not self.disabled_reason else None
 
     def _agree(self, records: dict[str, LayerRecord]) -> None:
-        """All ranks learn all slots and each other's faults.
+        """Tell each other all slots and errors, and make a layout of the slots, or stop.
 
-        Known slots stay, except of a layer that has come with other units now: if its width is a sequence's length,
-        the vector would grow for ever.
+        Known slots stay, but not those of a layer that has only come with other numbers of units now: if its "units"
+        are the positions of a sequence, the vector would grow with every new length.
         """
-        hellos = all_gather_object(_Hello(slots_of(records), self.local_error))
-        faults = [f"rank {rank}: {hello.fault}" for rank, hello in enumerate(hellos) if hello.fault]
-        if faults:
-            self.disabled_reason = "; ".join(faults)
-        else:
-            seen = in_one_order(hello.slots for hello in hellos)
-            present = {slot.layer for slot in seen}
-            known = self._layout.slots if self._layout else ()
-            slots = in_one_order([seen, [slot for slot in known if slot in seen or slot.layer not in present]])
-            widths = {stat: ADDITIVE[stat].width for stat in self.stats if stat in ADDITIVE}
-            self._layout = VectorLayout(slots, self.norms.size, self.device, widths)
-            self._state = PackedState(self.device)
+        ranks = all_gather_object(_RankState(slots_of(records), self.local_error))
+        errors = [f"rank {rank}: {state.local_error}" for rank, state in enumerate(ranks) if state.local_error]
+        if errors:
+            self.disabled_reason = "; ".join(errors)
+            return
+        recorded = in_one_order(state.slots for state in ranks)
+        called = {slot.layer for slot in recorded}
+        known = self._layout.slots if self._layout else ()
+        slots = in_one_order([recorded, [slot for slot in known if slot in recorded or slot.layer not in called]])
+        widths = {stat: m.width for stat, m in measures_of(self.stats).items() if m.adds_up == "sum"}
+        self._layout = VectorLayout(slots, self._norms.size, self.device, widths)
+        self._state = PackedState(self.device)
 
-    def _summed(self, records: dict[str, LayerRecord]) -> tuple[list[float], StepResult | None]:
-        """The one collective of a step, and the one copy to the host: the flags, and what was measured."""
+    def _sum_over_ranks(self, records: dict[str, LayerRecord]) -> tuple[list[float], StepResult | None]:
+        """The one collective of a step and the one copy to the host: the flags, and what was recorded."""
         if self.disabled_reason or self._layout is None or self._state is None:
-            return [0.0] * FLAGS, None
+            return [0.0] * NUM_FLAGS, None
         self._state.reset()
         self._state.update(self._vector(self._layout, records))
         total = self._state.compute()
@@ -144,21 +192,23 @@ class Recorder:
         second.exchange(total, self.fail)
         if self.local_error is None:
             try:
-                reading = StepResult(total, self._layout, second, self.norms)
-                return reading.flags, reading
+                result = StepResult(total, self._layout, second, self._norms)
+                return result.flags, result
             except Exception as error:
                 self.fail("reading", error)
         return total[self._layout.flags].tolist(), None  # a rank that has failed still does what the flags say
 
     def _vector(self, layout: VectorLayout, records: dict[str, LayerRecord]) -> Tensor:
+        """What this rank adds to the sum: what it has recorded, or if it has failed, a raised flag."""
         if self.local_error is None:
             try:
-                return layout.pack(records, self.norms.packed(), [0.0, float(not layout.knows(records))])
+                flags = [0.0, float(not layout.has_all_slots_of(records))]
+                return layout.pack(records, self._norms.packed(), flags)
             except Exception as error:
                 self.fail("packing", error)
         vector = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
         vector[FAULT] = 1.0
         return vector
 
-    def _hook_fault(self, layer: str, error: Exception) -> None:
+    def _fail_in_hook(self, layer: str, error: Exception) -> None:
         self.fail(f"hook on layer {layer!r}", error)

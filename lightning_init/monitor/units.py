@@ -1,4 +1,9 @@
-"""What a module returned: the tensor that counts, and which of its dimensions are units."""
+"""Which tensor of a module's output is recorded, which of its dimensions holds the units, and which units it has.
+
+Units are what a layer computes side by side: the features of a linear layer, the channels of a convolution. Statistics
+such as dead units are shares of them. How many units there should be is known from the layer's parameters
+(:func:`unit_rule`); an activation has none and takes over the units of the layer before it (:class:`UnitFinder`).
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,15 @@ from lightning_init.introspect.layers import Layer
 
 
 def first_floating(output: object) -> Tensor | None:
-    """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data)."""
-    if isinstance(output, Tensor):  # whose numbers can be read: not sparse, not nested, not inside torch.func
+    """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data).
+
+    Tensors whose elements cannot be read are passed over: sparse and nested ones, and those inside ``torch.func``.
+    """
+    if isinstance(output, Tensor):
         readable = output.layout is torch.strided and not output.is_nested and not is_functorch_wrapped_tensor(output)
         return output if readable and output.is_floating_point() else None
     members: Iterable[object]
-    if isinstance(output, (tuple, list)):  # ahead of mappings, which are slow to rule out
+    if isinstance(output, (tuple, list)):  # asked before Mapping, whose isinstance is slow
         members = output
     elif isinstance(output, Mapping):
         members = output.values()
@@ -101,16 +109,26 @@ def unit_dim(shape: Sequence[int], rule: UnitRule) -> int:
 
 
 class _Units(NamedTuple):
-    """The dimension of an output's units, None for a scalar; which they are; what that says of the next layer's."""
+    """The units of one output.
+
+    Attributes:
+        dim: the dimension that holds them; None for a scalar.
+        shard: which of all units this rank has.
+        rule: what follows for an activation that is called with this output.
+    """
 
     dim: int | None
-    share: UnitShard
+    shard: UnitShard
     rule: UnitRule
 
 
 @dataclass(slots=True)
-class _Seen:
-    """An output of this batch: whose it is and where its units are. Does not keep the tensor alive."""
+class _KnownOutput:
+    """An output of this batch: which layer returned it, and its units. Does not keep the tensor alive.
+
+    Attributes:
+        version: of the tensor, which every in-place operation increases.
+    """
 
     tensor: weakref.ref[Tensor]
     version: int
@@ -119,82 +137,94 @@ class _Seen:
 
 
 class UnitFinder:
-    """Knows the units of every output, from the layer's parameters or from the layer before.
+    """Finds the units of every output, from the layer's parameters or from the layer before it.
 
-    An activation has the units of the layer whose very tensor it was given, else of the layer that ran before it.
+    An activation has the units of the layer whose output is its input. If no layer returned that very tensor, for
+    example because something was added in between, it has the units of the layer that ran last.
     """
 
     def __init__(self) -> None:
         self._rules: dict[str, UnitRule] = {}
-        self._weights: dict[str, UnitShard | None] = {}
-        self._seen: dict[int, _Seen] = {}
-        self._latest: _Seen | None = None
+        self._weight_shards: dict[str, UnitShard | None] = {}
+        self._known: dict[int, _KnownOutput] = {}
+        self._latest: _KnownOutput | None = None
 
     def forget(self) -> None:
-        """The outputs of this batch are gone."""
-        self._seen.clear()
+        """Forget the outputs of this batch."""
+        self._known.clear()
         self._latest = None
 
-    def note_weight_shards(self, layer: Layer) -> None:
-        """Look at weights that are spread over ranks, when the forward pass is about to use them."""
+    def record_weight_shards(self, layer: Layer) -> None:
+        """Remember which units this rank's shard of ``layer``'s weights has, just before the forward pass uses them."""
         units = self._rule(layer).units
-        self._weights[layer.name] = unit_shard_from_weights(layer.module, units) if units else None
+        self._weight_shards[layer.name] = unit_shard_from_weights(layer.module, units) if units else None
 
     def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, UnitShard]:
-        """The dimension of the units of ``tensor``, None for a scalar, and which units they are; remembered."""
-        rule, share = self._rule(layer), self._weights.get(layer.name)
+        """The dimension of ``tensor`` that holds the units (None for a scalar), and which units this rank has.
+
+        Args:
+            layer: what returned ``tensor``.
+            args: what it was called with.
+        """
+        rule, shard = self._rule(layer), self._weight_shards.get(layer.name)
         if rule.units is None and layer.activation and (before := self._predecessor(args)):
-            rule, share = before.units.rule, before.units.share
-        units = _units_of(tensor, rule, share)
-        self._latest = self._seen[id(tensor)] = _Seen(weakref.ref(tensor), tensor._version, layer, units)
-        return units.dim, units.share
+            rule, shard = before.units.rule, before.units.shard
+        units = _units_of(tensor, rule, shard)
+        self._latest = self._known[id(tensor)] = _KnownOutput(weakref.ref(tensor), tensor._version, layer, units)
+        return units.dim, units.shard
 
     def is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
         """Whether a layer inside ``layer`` has returned this very tensor, unchanged since."""
-        seen = self._lookup(tensor)
-        if seen is None or seen.version != tensor._version:
+        known = self._lookup(tensor)
+        if known is None or known.version != tensor._version:
             return False
-        return seen.layer.name.startswith(f"{layer.name}.")
+        return known.layer.name.startswith(f"{layer.name}.")
 
     def _rule(self, layer: Layer) -> UnitRule:
         rule = self._rules.get(layer.name)
-        if rule is None:  # now, not earlier: a lazy module knows its sizes only when it is called
+        if rule is None:  # only now, because a lazy module has no sizes before it is called
             rule = self._rules[layer.name] = unit_rule(layer.module)
         return rule
 
-    def _predecessor(self, args: Any) -> _Seen | None:
-        if type(args) is tuple and len(args) == 1 and (seen := self._lookup(args[0])):
-            return seen  # as nearly always
+    def _predecessor(self, args: Any) -> _KnownOutput | None:
+        if type(args) is tuple and len(args) == 1 and (known := self._lookup(args[0])):
+            return known  # nearly always
         source = first_floating(args)
         return (self._lookup(source) if source is not None else None) or self._latest
 
-    def _lookup(self, tensor: object) -> _Seen | None:
-        seen = self._seen.get(id(tensor))
-        return seen if seen is not None and seen.tensor() is tensor else None
+    def _lookup(self, tensor: object) -> _KnownOutput | None:
+        known = self._known.get(id(tensor))
+        return known if known is not None and known.tensor() is tensor else None
 
 
 @functools.lru_cache(maxsize=4096)
-def _whole(shape: torch.Size, rule: UnitRule) -> _Units:
-    """Of an output that has all units. Remembered: a layer's outputs have the same shape at every logged step."""
+def _units_of_whole(shape: torch.Size, rule: UnitRule) -> _Units:
+    """The units of an output that has all of them. Cached: a layer's outputs rarely change their shape."""
     if not shape:
         return _Units(None, UnitShard(1, 0, 1), UnitRule(1))
     dim = unit_dim(shape, rule)
     return _units(dim, UnitShard(shape[dim], 0, shape[dim]), len(shape))
 
 
-def _units_of(tensor: Tensor, rule: UnitRule, share: UnitShard | None) -> _Units:
-    """Of any output; ``share`` is what this rank has of the units by what was seen before it."""
+def _units_of(tensor: Tensor, rule: UnitRule, shard: UnitShard | None) -> _Units:
+    """The units of any output.
+
+    Args:
+        tensor: the output.
+        rule: what is known about its units.
+        shard: which units this rank has according to the layer's weights or the layer before; None if nothing tells.
+    """
     if tensor.dim() == 0:
-        return _whole(tensor.shape, rule)
-    if isinstance(tensor, DTensor):  # has all units, wherever they are
+        return _units_of_whole(tensor.shape, rule)
+    if isinstance(tensor, DTensor):  # its shape is that of the whole output
         dim = unit_dim(tensor.shape, rule)
         return _units(dim, unit_shard_of(tensor, dim), tensor.dim())
-    if share is not None and share.held < share.total:  # unless the output was gathered, it has the share
+    if shard is not None and shard.held < shard.total:  # the output has this shard, unless it was gathered
         dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
-        if tensor.shape[dim] == share.held:
-            return _units(dim, share, tensor.dim())
-    return _whole(tensor.shape, rule)
+        if tensor.shape[dim] == shard.held:
+            return _units(dim, shard, tensor.dim())
+    return _units_of_whole(tensor.shape, rule)
 
 
-def _units(dim: int, share: UnitShard, num_dims: int) -> _Units:
-    return _Units(dim, share, UnitRule(share.total, dim - num_dims))
+def _units(dim: int, shard: UnitShard, num_dims: int) -> _Units:
+    return _Units(dim, shard, UnitRule(shard.total, dim - num_dims))

@@ -1,1 +1,1 @@
-"""Everything that is looked at: loggers and TensorBoard's event files."""
+"""How statistics reach users: loggers and TensorBoard's event files."""

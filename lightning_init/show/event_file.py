@@ -1,7 +1,7 @@
-"""TensorBoard's event files, with checksums from compiled code.
+"""Makes TensorBoard's event files cheaper to write, by computing their checksums in compiled code.
 
-TensorBoard computes the checksum of every record in Python, a byte at a time, in a thread that takes the interpreter
-from the training loop: 4 to 7 µs a scalar, five times what the rest of writing costs.
+TensorBoard computes the checksum of every record in Python, a byte at a time, in a thread that competes with the
+training loop for the interpreter: 4 to 7 µs a scalar, five times what the rest of writing costs.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch.utils.tensorboard.writer import FileWriter
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", RuntimeWarning)  # where it is not compiled it says so; then it is not used
+    warnings.simplefilter("ignore", RuntimeWarning)  # without its C code it warns, and is not used below
     import google_crc32c
 
 
 class CompiledChecksumWriter(RecordWriter):  # type: ignore[misc]
-    """Writes the same bytes as its base.
+    """Writes the same bytes as TensorBoard's own writer.
 
-    A record is: length as uint64 · its checksum · data · its checksum, little-endian (TensorFlow's TFRecord).
+    A record is the length of the data as uint64, the checksum of these 8 bytes, the data, and the checksum of the data,
+    all little-endian (the TFRecord format of TensorFlow).
     """
 
     def write(self, data: bytes) -> None:
@@ -31,19 +32,22 @@ class CompiledChecksumWriter(RecordWriter):  # type: ignore[misc]
 
 
 def checksum(data: bytes) -> bytes:
-    """CRC-32C as a TFRecord masks it: rotated right by 15 bits, plus a constant; uint32, little-endian."""
+    """The checksum of ``data`` in a TFRecord: CRC-32C, rotated right by 15 bits, plus a constant that TensorFlow chose.
+
+    Returns it as 4 bytes, little-endian.
+    """
     crc = google_crc32c.value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def use_compiled_checksums(writer: FileWriter) -> None:
-    """Have ``writer``'s thread compute checksums in compiled code from now on, if there is such code.
+    """Make ``writer`` compute checksums in compiled code from now on, if there is any on this machine.
 
-    What is replaced is private; where TensorBoard's insides are others than those known, they are left alone.
+    This replaces a private attribute of TensorBoard. If it is not there, or not of the class expected, nothing changes.
     """
     worker: Any = writer
-    for part in ("event_writer", "_async_writer", "_worker"):
-        worker = getattr(worker, part, None)
+    for attribute in ("event_writer", "_async_writer", "_worker"):
+        worker = getattr(worker, attribute, None)
     records: Any = getattr(worker, "_record_writer", None)
     if google_crc32c.implementation == "c" and worker and type(records) is RecordWriter:
         worker._record_writer = CompiledChecksumWriter(records._writer)

@@ -1,4 +1,4 @@
-"""Where a logged step's numbers go: one TensorBoard event, or any other logger's ``log_metrics``."""
+"""Writes the statistics of a logged step: to TensorBoard as one event, to any other logger by ``log_metrics``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_init.monitor.parameter_norms import KINDS_OF
-from lightning_init.monitor.statistics import EDGES, Histogram
+from lightning_init.monitor.statistics import EDGES, STATISTICS, Histogram
 from lightning_init.show.event_file import use_compiled_checksums
 
 
-class Board:
-    """Writes to loggers. Knows none of them by name: an ``experiment`` that is a SummaryWriter is TensorBoard.
+class StatisticsWriter:
+    """Writes statistics to loggers, of whatever classes: one whose ``experiment`` is a SummaryWriter is TensorBoard's.
 
     Args:
         loggers: objects with ``log_metrics(metrics, step)``, as Lightning's are. On one rank only.
@@ -33,21 +32,28 @@ class Board:
         self._scalar_of: dict[str, Summary.Value] = {}
 
     def write_layout(self, stats: Sequence[str]) -> None:
-        """Once a run: the "Custom scalars" tab gets one chart per statistic with every layer in it.
+        """Give TensorBoard's "Custom scalars" tab one chart per statistic, with a line for every layer. Once a fit.
 
-        A total norm has its own: it would press the layers' lines to the ground.
+        The total of norms has a chart of its own: it is so much larger that the layers' lines would look flat.
         """
-        layout = {_title(stat): {"all layers": ["Multiline", [f"^{stat}/(?!total$)"]]} for stat in stats}
-        layout.pop(_title("histogram"), None)
-        for stat in KINDS_OF.keys() & set(stats):
-            layout[_title(stat)]["total"] = ["Multiline", [f"^{stat}/total$"]]
+        layout = {}
+        for statistic in (STATISTICS[stat] for stat in stats):
+            if statistic.shown_as == "scalar":
+                charts = layout[statistic.title] = {"all layers": ["Multiline", [f"^{statistic.name}/(?!total$)"]]}
+                if statistic.source == "parameters":
+                    charts["total"] = ["Multiline", [f"^{statistic.name}/total$"]]
         for writer in self.writers:
             writer.add_custom_scalars(layout)
 
     def write(self, tags: Mapping[str, float], step: int, histograms: Mapping[str, Histogram] | None = None) -> None:
-        """All scalars of a step; in TensorBoard as one event: one each would cost a hundred times as much.
+        """Write all statistics of a step.
 
-        Histograms go to TensorBoard only.
+        TensorBoard gets all of them in one event; an event for each would cost a hundred times as much.
+
+        Args:
+            tags: numbers by name, ``statistic/layer``.
+            step: number of the step.
+            histograms: by layer. They go to TensorBoard only.
         """
         if not tags and not histograms:
             return
@@ -64,7 +70,7 @@ class Board:
             logger.log_metrics(dict(tags), step=step)
 
     def _scalars_of(self, tags: Mapping[str, float]) -> Summary:
-        """The scalars as TensorBoard has them; where the tags are the last step's, so are the messages."""
+        """``tags`` as a TensorBoard message. If the tags are those of the last step, its message is filled again."""
         if self._scalar_of.keys() != tags.keys():
             self._scalars = Summary()
             self._scalar_of = {tag: self._scalars.value.add(tag=tag) for tag in tags}
@@ -74,8 +80,8 @@ class Board:
 
 
 def _proto(histogram: Histogram) -> HistogramProto:
-    """TensorBoard's form: bins with their right edges, from the first to the last that has elements."""
-    edges = (*EDGES, 2 * EDGES[-1])  # the last bin has no end; TensorBoard wants one
+    """``histogram`` as a TensorBoard message: bins with their right edges, from the first to the last with elements."""
+    edges = (*EDGES, 2 * EDGES[-1])  # the last bin has no right edge, but TensorBoard expects one
     filled = [i for i, count in enumerate(histogram.counts) if count] or [0]
     first, last = filled[0], filled[-1] + 1
     return HistogramProto(
@@ -87,7 +93,3 @@ def _proto(histogram: Histogram) -> HistogramProto:
         bucket_limit=edges[first:last],
         bucket=histogram.counts[first:last],
     )
-
-
-def _title(stat: str) -> str:
-    return stat.replace("_", " ").capitalize()

@@ -25,7 +25,10 @@ def batches_of(rank: int, sizes: list[int], offset: int = 0) -> list[Batch]:
     return [(pixels[a : a + n], classes[a : a + n]) for a, n in zip(starts, sizes, strict=True)]
 
 
-ON_REQUEST = ("activation_mean", "activation_rms", "activation_max", "saturation", "kurtosis", "weight_norm")
+ON_REQUEST = (
+    *("activation_mean", "activation_rms", "activation_max", "saturation", "kurtosis", "weight_norm"),
+    *("gradient_rms", "near_zero"),
+)
 
 
 def network() -> nn.Sequential:

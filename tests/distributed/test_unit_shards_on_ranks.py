@@ -58,16 +58,16 @@ class Summand(nn.Module):
         return DTensor.from_local(x * self.weight, init_device_mesh("cpu", (2,)), [Partial()])
 
 
-def tapped_summand() -> tuple[list[str], list[str], bool]:
+def recorded_summand() -> tuple[list[str], list[str], bool]:
     network = nn.Sequential(Summand())
-    tap = ActivationCollector(find_layers(network), [], on_fault=lambda name, error: print(name, error))
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), [], on_fault=lambda name, error: print(name, error))
+    collector.attach()
     output = network(torch.ones(2, 3))
     assert local_part(output) is None
     whole = output.full_tensor()
-    tap.detach()
-    return list(tap.records), list(tap.partial), bool((whole == dist.get_world_size()).all())
+    collector.detach()
+    return list(collector.records), list(collector.partial_layers), bool((whole == dist.get_world_size()).all())
 
 
 def test_partial_sums_are_left_out_by_name() -> None:
-    assert run_ranks(tapped_summand, 2) == [([], ["0"], True)] * 2
+    assert run_ranks(recorded_summand, 2) == [([], ["0"], True)] * 2

@@ -18,21 +18,23 @@ from tests.support.oracle import Watched
 from tests.support.recording import Loss, fail, squared
 
 
-def tapped(network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0) -> dict[str, LayerRecord]:
-    """Forward and backward under the tap, in the order a Trainer does it."""
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+def records_of(
+    network: nn.Module, *inputs: Tensor, loss: Loss = squared, factor: float = 1.0
+) -> dict[str, LayerRecord]:
+    """Forward and backward under a collector, in the order a Trainer does it."""
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     value = sum(loss(network, x) for x in inputs)
-    tap.gradient_factor = factor
+    collector.gradient_factor = factor
     value.backward()
-    tap.detach()
-    return tap.drain()
+    collector.detach()
+    return collector.drain()
 
 
 def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squared) -> dict[str, LayerRecord]:
     """Compare with outputs and gradients kept whole in a float64 copy."""
     slow = copy.deepcopy(network).double()
-    records = tapped(network, *inputs, loss=loss)
+    records = records_of(network, *inputs, loss=loss)
     watched = Watched(slow, records)
     sum(loss(slow, x.double()) for x in inputs).backward()
     for name, record in records.items():
@@ -98,7 +100,7 @@ def test_collector_with_activation_checkpointing(reentrant: bool) -> None:
     plain = copy.deepcopy(network)
     plain.recompute = False
     x = torch.randn(8, 6)
-    with_it, without = tapped(network, x), tapped(plain, x)
+    with_it, without = records_of(network, x), records_of(plain, x)
     assert_equals_oracle(plain, x)
     assert list(with_it) == list(without)
     for name, record in without.items():
@@ -123,47 +125,47 @@ def penalized(network: nn.Module, x: Tensor) -> Tensor:
 def test_collector_records_the_announced_backward_only() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
-    records = tapped(network, torch.randn(8, 6), loss=penalized)
+    records = records_of(network, torch.randn(8, 6), loss=penalized)
     assert records["0"].gradients is not None
     assert records["0"].gradients.n == 8 * 6
 
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     squared(network, torch.randn(8, 6)).backward()  # nobody announced it
-    assert tap.unannounced_gradients == 3
-    assert all(record.gradients is None for record in tap.drain().values())
-    assert tap.unannounced_gradients == 0
-    tap.detach()
+    assert collector.unannounced_gradients == 3
+    assert all(record.gradients is None for record in collector.drain().values())
+    assert collector.unannounced_gradients == 0
+    collector.detach()
 
 
 def test_collector_records_only_when_it_should() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     counts = False
-    tap.attach(lambda: counts)
+    collector.attach(lambda: counts)
     network(torch.randn(8, 6))
-    assert tap.drain() == {}
+    assert collector.drain() == {}
     counts = True
     network(torch.randn(8, 6))
-    assert list(tap.drain()) == ["0", "1"]
-    tap.detach()
+    assert list(collector.drain()) == ["0", "1"]
+    collector.detach()
     network(torch.randn(8, 6))
-    assert tap.drain() == {}
+    assert collector.drain() == {}
 
 
 def test_collector_scales_gradients_or_leaves_them_out() -> None:
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(8, 6)
-    one, quarter = tapped(network, x)["0"].gradients, tapped(network, x, factor=0.25)["0"].gradients
+    one, quarter = records_of(network, x)["0"].gradients, records_of(network, x, factor=0.25)["0"].gradients
     assert one is not None
     assert quarter is not None
     assert float(variance(quarter)) == pytest.approx(float(variance(one)) / 16, rel=1e-12)
-    tap = ActivationCollector(find_layers(network), ["activation_variance"], on_fault=fail)
-    tap.attach()
-    tap.gradient_factor = 1.0
+    collector = ActivationCollector(find_layers(network), ["activation_variance"], on_fault=fail)
+    collector.attach()
+    collector.gradient_factor = 1.0
     squared(network, x).backward()
-    assert tap.drain()["0"].gradients is None
-    tap.detach()
+    assert collector.drain()["0"].gradients is None
+    collector.detach()
 
 
 class Branches(nn.Module):
@@ -182,7 +184,7 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("change", [False, True])
 def test_collector_of_an_owner_that_returns_its_childs_tensor(change: bool) -> None:
-    records = tapped(nn.Sequential(Branches(change), nn.Linear(6, 1)), torch.randn(8, 6))
+    records = records_of(nn.Sequential(Branches(change), nn.Linear(6, 1)), torch.randn(8, 6))
     assert list(records) == (["0.inner", "0", "1"] if change else ["0.inner", "1"])
 
 
@@ -191,7 +193,7 @@ def test_units_of_an_activation_are_those_of_its_predecessor() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.0), nn.Tanh())
     x = torch.randn(2, 3, 4, 4) * torch.tensor([1.0, 2, 3, 4])
-    records = tapped(network, x)
+    records = records_of(network, x)
     with torch.no_grad():
         relu = network[:3](x).double()
     for units_of, values in (("2", relu), ("4", relu.tanh())):
@@ -226,7 +228,7 @@ class Returns(nn.Module):
 
 
 def test_collector_of_unusual_outputs() -> None:
-    records = tapped(Choosy(), torch.randn(8, 6))
+    records = records_of(Choosy(), torch.randn(8, 6))
     assert records["expert"].outputs[6].n == 0
     assert records["scalar"].outputs[1].n == 1
     assert set(records) == {"expert", "scalar", "gate"}
@@ -269,6 +271,6 @@ class Prompt(nn.Module):
 
 def test_collector_leaves_no_hook_on_a_parameter_that_was_an_output() -> None:
     network = nn.Sequential(Prompt(), nn.Linear(8, 2))
-    records = tapped(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())
+    records = records_of(network, torch.randn(4, 8), loss=lambda net, x: net[1](x + net[0]()).square().mean())
     assert records["0"].gradients is not None
     assert not network[0].tokens._backward_hooks

@@ -23,34 +23,34 @@ from tests.support.recording import fail, squared
 def test_activations_are_freed() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     kept: list[weakref.ref[Tensor]] = []
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     handle = network[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
     squared(network, torch.randn(8, 6))  # the graph, and everything that belongs to it, is gone with the result
     gc.collect()
     assert kept[0]() is None
     handle.remove()
-    tap.detach()
+    collector.detach()
 
 
 def test_hook_that_fails_is_reported_and_the_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     faults: list[tuple[str, str]] = []
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = ActivationCollector(
+    collector = ActivationCollector(
         find_layers(network), DEFAULT_STATS, on_fault=lambda name, error: faults.append((name, str(error)))
     )
-    tap.attach()
+    collector.attach()
 
     monkeypatch.setattr(MOMENTS_OF.target, broken)
     network(torch.randn(8, 6))
     assert faults == [("0", "bad luck"), ("1", "bad luck")]
-    tap.detach()
+    collector.detach()
 
 
 def test_hooks_are_not_copied_or_pickled_with_a_model() -> None:
     network = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     buffer = io.BytesIO()
     torch.save(network, buffer)
     buffer.seek(0)
@@ -58,10 +58,10 @@ def test_hooks_are_not_copied_or_pickled_with_a_model() -> None:
     x = torch.randn(8, 6)
     for twin in twins:
         assert torch.equal(twin(x), network[1](network[0](x)))
-        tap.drain()
+        collector.drain()
         twin(x).sum().backward()
-        assert tap.drain() == {}
-    tap.detach()
+        assert collector.drain() == {}
+    collector.detach()
     assert not any(module._forward_hooks for module in network.modules())
 
 
@@ -93,15 +93,15 @@ def test_output_among_others_of_its_node(part: int, reached: bool) -> None:
     """Its own gradient is taken; where none reaches it, as little is said as of a layer the loss does not need."""
     torch.manual_seed(0)
     network = nn.Sequential(Parts())
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     chosen = network(torch.randn(4, 2, 6))[part]
-    tap.gradient_factor = 1.0
+    collector.gradient_factor = 1.0
     chosen.square().sum().backward()
-    (record,) = tap.drain().values()
-    tap.detach()
+    (record,) = collector.drain().values()
+    collector.detach()
     assert (record.gradients is not None) == reached
-    assert not tap.partial
+    assert not collector.partial_layers
     if record.gradients is not None:
         assert record.gradients.squares == pytest.approx((2 * chosen).square().sum().item(), rel=1e-6)
 
@@ -113,25 +113,25 @@ def test_hook_of_the_user_changes_the_recorded_gradient(shape: tuple[int, ...]) 
     network = nn.Sequential(nn.Linear(6, 6))
     found = []
     for factor in (1.0, 10.0):
-        tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-        tap.attach()
+        collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+        collector.attach()
         output = network(torch.ones(*shape))
         output.register_hook(lambda gradient, factor=factor: gradient * factor)
-        tap.gradient_factor = 1.0
+        collector.gradient_factor = 1.0
         output.square().sum().backward()
-        (record,) = tap.drain().values()
+        (record,) = collector.drain().values()
         assert record.gradients is not None
         found.append(record.gradients.squares)
-        tap.detach()
+        collector.detach()
     assert found[1] == pytest.approx(100 * found[0], rel=1e-6)
 
 
 def test_in_place_operation_on_a_checkpoints_input_fails_as_without_hooks() -> None:
     """A hook on that tensor would end the process."""
     network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(inplace=True))
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
-    tap.attach()
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector.attach()
     output = checkpoint(network[1], network[0](torch.randn(4, 6)).view(-1, 6), use_reentrant=True)
     with pytest.raises(RuntimeError, match="in-place operation"):
         output.sum().backward()
-    tap.detach()
+    collector.detach()

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_init.monitor.collector import EagerMoment
+from lightning_init.monitor.collector import ActivationCollector
+
+
+def collector_without_layers() -> ActivationCollector:
+    """Its ``attach`` and ``detach`` do nothing but make compiled code run eagerly in between."""
+    return ActivationCollector([], [], on_fault=lambda name, error: None)
 
 
 def test_hooks_added_late_run_without_recompilation() -> None:
@@ -21,15 +26,15 @@ def test_hooks_added_late_run_without_recompilation() -> None:
     torch._dynamo.reset()
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     compiled = torch.compile(network, backend=count)
-    x, fired, moment = torch.randn(2, 3), [], EagerMoment()
+    x, fired, collector = torch.randn(2, 3), [], collector_without_layers()
     compiled(x)
     for _ in range(2):
         handle = network[0].register_forward_hook(lambda *args: fired.append(1))
-        moment.start()
-        moment.start()  # twice is once
+        collector.attach()
+        collector.attach()  # twice is once
         compiled(x)
-        moment.stop()
-        moment.stop()
+        collector.detach()
+        collector.detach()
         handle.remove()
         compiled(x)
     assert len(fired) == 2
@@ -37,18 +42,18 @@ def test_hooks_added_late_run_without_recompilation() -> None:
 
 
 def test_stance_of_the_user_is_restored() -> None:
-    moment = EagerMoment()
+    collector = collector_without_layers()
     with torch.compiler.set_stance("fail_on_recompile"):
         before = torch._dynamo.eval_frame._stance
-        moment.start()
+        collector.attach()
         assert torch._dynamo.eval_frame._stance.stance == "force_eager"
-        moment.stop()
+        collector.detach()
         assert torch._dynamo.eval_frame._stance == before
 
 
 def test_compiler_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
-    moment = EagerMoment()
-    moment.start()
-    moment.stop()
+    collector = collector_without_layers()
+    collector.attach()
+    collector.detach()
     assert "torch._dynamo" not in sys.modules

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_init.introspect.activations import activation_of
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.statistics import ADDITIVE, EDGES, binned, largest, saturated
+from lightning_init.monitor.statistics import EDGES, STATISTICS, binned, largest, saturated
 
 
 def layer_of(module: nn.Module) -> Layer:
@@ -57,7 +57,8 @@ def test_histogram_bins_are_powers_of_two_of_either_sign() -> None:
     layer = layer_of(nn.Identity())
     values = torch.tensor([-1e9, -1.0, -1e-9, 0.0, 1e-9, 1.0, 1.1, 1e9, math.nan, math.inf])
     counts = binned(layer, values)
-    assert counts.shape == (ADDITIVE["histogram"].width,) == (64,)
+    assert STATISTICS["histogram"].measure is not None
+    assert counts.shape == (STATISTICS["histogram"].measure.width,) == (64,)
     assert counts.sum() == len(values)
     one = EDGES.index(1.0)
     assert counts[one] == 1  # (.5, 1]
@@ -73,6 +74,7 @@ def test_histogram_bins_are_powers_of_two_of_either_sign() -> None:
 
 
 def test_activation_max_is_the_largest_magnitude() -> None:
-    assert largest(torch.tensor([[1.0, -3.0], [2.0, 0.0]])).item() == 3.0
-    assert math.isnan(largest(torch.tensor([1.0, math.nan])).item())
-    assert largest(torch.empty(0, 2)).item() == 0.0
+    layer = layer_of(nn.Identity())
+    assert largest(layer, torch.tensor([[1.0, -3.0], [2.0, 0.0]])).item() == 3.0
+    assert math.isnan(largest(layer, torch.tensor([1.0, math.nan])).item())
+    assert largest(layer, torch.empty(0, 2)).item() == 0.0

@@ -1,4 +1,4 @@
-"""A logged step in one process: measured, exchanged, or given up. On ranks: tests/distributed."""
+"""A logged step in one process: measured, exchanged, or given up. On ranks: tests/callbacks."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_recorder_keeps_nothing_for_the_next_step() -> None:
     network = mlp()
     recorder = Recorder(find_layers(network), [*DEFAULT_STATS, "update_ratio"], CPU)
     assert measure(recorder, network, *batch()) is not None
-    assert not any(recorder.norms.packed())
-    assert recorder.norms.needs_post_step
-    recorder.after_step([])  # would find weights of before the step, had any been kept
-    assert not any(recorder.norms.packed())
-    assert recorder.collector.drain() == {}
+    assert not any(recorder._norms.packed())
+    assert recorder.needs_post_step
+    recorder.after_optimizer_step([])  # would find weights of before the step, had any been kept
+    assert not any(recorder._norms.packed())
+    assert recorder._collector.drain() == {}
 
 
 def test_recorder_measures_only_the_chosen_statistics() -> None:
@@ -74,16 +74,16 @@ def test_recorder_measures_only_the_chosen_statistics() -> None:
     stats = measure(recorder, network, *batch())
     assert stats is not None
     assert set(stats.values) == {"activation_variance"}
-    assert recorder.collector.with_gradients is False
-    assert not any(recorder.norms.packed())
+    assert recorder._collector.with_gradients is False
+    assert not any(recorder._norms.packed())
 
 
 def test_recorder_forgets_an_unfinished_step() -> None:
     network, (x, y) = mlp(), batch()
     recorder = Recorder(find_layers(network), DEFAULT_STATS, CPU)
-    recorder.collector.attach()
+    recorder.attach()
     network(x * 100).sum().backward()  # and then the run skipped the rest of the batch
-    recorder.before_step(network.parameters())
+    recorder.before_optimizer_step(network.parameters())
     stats = measure(recorder, network, x, y)
     fresh = measure(Recorder(find_layers(network), DEFAULT_STATS, CPU), network, x, y)
     assert stats == fresh
@@ -185,8 +185,8 @@ def test_recorder_on_mps_uses_the_cpu() -> None:
 
 def test_ranks_of_one_process() -> None:
     vector = torch.tensor([1.0, 2.0])
-    ranks.reduce_(vector)
-    ranks.reduce_(vector, maximum=True)
+    ranks.all_reduce(vector)
+    ranks.all_reduce(vector, maximum=True)
     assert vector.tolist() == [1.0, 2.0]
     assert ranks.all_gather_object("hello") == ["hello"]
     assert ranks.world_size() == 1

@@ -41,7 +41,7 @@ def test_sums_of_squares_one_per_tensor(kinds: list[tuple[int, str]]) -> None:
 
 def test_sums_of_squares_in_several_groups() -> None:
     """As many small tensors as make three groups: none is lost at the edges."""
-    count = 3 * parameter_norms._TOGETHER // parameter_norms._SMALL + 1
+    count = 3 * parameter_norms._GROUP // parameter_norms._SMALL + 1
     sums = sums_of_squares([torch.full((parameter_norms._SMALL,), float(i)) for i in range(count)])
     assert sums == [i * i * parameter_norms._SMALL for i in range(count)]
 

@@ -14,9 +14,9 @@ from tests.support.recording import fail
 def test_units_of_an_activation_without_predecessor_ignore_the_last_batch() -> None:
     """The Linear's three units are as many as the ReLU's input has rows: the last layer to run, but a batch ago."""
     network = nn.Sequential(nn.ReLU(), nn.Linear(5, 3))
-    tap = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
+    collector = ActivationCollector(find_layers(network), DEFAULT_STATS, on_fault=fail)
     for _ in range(2):
-        tap.attach()
+        collector.attach()
         network(torch.ones(3, 5))
-        tap.detach()
-        assert {name: list(record.outputs) for name, record in tap.drain().items()} == {"0": [5], "1": [3]}
+        collector.detach()
+        assert {name: list(record.outputs) for name, record in collector.drain().items()} == {"0": [5], "1": [3]}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_init.monitor.collector import LayerRecord
-from lightning_init.monitor.exchange import FLAGS, Slot, VectorLayout, in_one_order, slots_of
+from lightning_init.monitor.exchange import NUM_FLAGS, Slot, VectorLayout, in_one_order, slots_of
 from lightning_init.monitor.moments import moments_of
 
 CPU = torch.device("cpu")
@@ -46,8 +46,8 @@ def test_layout_packs_and_unpacks_every_number() -> None:
 
 def test_layout_of_absent_records_is_zero_and_unknown_ones_are_left_out() -> None:
     known = VectorLayout([A, B], norms=2, device=CPU)
-    assert known.knows({"b": LayerRecord({3: moments_of(torch.ones(1, 3), 1)})})
-    assert not known.knows(records())
+    assert known.has_all_slots_of({"b": LayerRecord({3: moments_of(torch.ones(1, 3), 1)})})
+    assert not known.has_all_slots_of(records())
     vector = known.pack({"a": records()["a"]}, [0.0, 0.0], [0.0, 0.0])
     assert vector[known.counts].tolist() == [2, 0]
     assert vector[known.sums].tolist() == [1, 2, 0, 0, 0]
@@ -56,7 +56,7 @@ def test_layout_of_absent_records_is_zero_and_unknown_ones_are_left_out() -> Non
 def test_layout_of_a_model_without_layers() -> None:
     layout = VectorLayout([], norms=2, device=CPU)
     vector = layout.pack({}, [0.0, 0.0], [0.0, 0.0])
-    assert vector.tolist() == [0.0] * (FLAGS + 2)
+    assert vector.tolist() == [0.0] * (NUM_FLAGS + 2)
 
 
 def test_slots_are_in_the_order_of_their_calls() -> None:

@@ -18,7 +18,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_init.show.event_file import CompiledChecksumWriter, use_compiled_checksums
-from lightning_init.show.loggers import Board
+from lightning_init.show.loggers import StatisticsWriter
 from tests.support.oracle import MemoryLogger
 
 
@@ -34,7 +34,7 @@ def test_checksums_are_not_computed_in_python(tmp_path: Path, monkeypatch: pytes
     class Own(MemoryLogger):
         experiment = SummaryWriter(str(tmp_path))
 
-    board = Board([Own()])
+    writer = StatisticsWriter([Own()])
     slow: list[int] = []
     checksum = record_writer.masked_crc32c
 
@@ -44,7 +44,7 @@ def test_checksums_are_not_computed_in_python(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(record_writer, "masked_crc32c", counted)
     for writing in range(2):  # a closed SummaryWriter that is used again opens another file
-        board.write({f"activation_variance/{i}": float(i) for i in range(10)}, 0)
+        writer.write({f"activation_variance/{i}": float(i) for i in range(10)}, 0)
         Own.experiment.close()
         assert len(slow) == 2 * writing  # of the version record, which opens a file
         assert max(slow, default=0) < 100
@@ -87,7 +87,7 @@ def test_file_writer_of_the_user_is_written_to(known: int, tmp_path: Path) -> No
     class Logger(MemoryLogger):
         experiment = Own(str(tmp_path))
 
-    Board([Logger()]).write({"activation_variance/0": 1.0}, 0)
+    StatisticsWriter([Logger()]).write({"activation_variance/0": 1.0}, 0)
     Logger.experiment.close()
     (event,) = EventAccumulator(str(tmp_path)).Reload().Scalars("activation_variance/0")
     assert event.value == 1.0

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from lightning_init.show.loggers import Board
+from lightning_init.show.loggers import StatisticsWriter
 from tests.support.oracle import MemoryLogger
 
 TAGS = {
@@ -26,10 +26,10 @@ TAGS = {
 
 def test_tensorboard_gets_one_event_a_step(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    board = Board([logger])
-    board.write(TAGS, 0)
-    board.write({"activation_variance/a": 3.0}, 50)
-    board.write({}, 100)
+    writer = StatisticsWriter([logger])
+    writer.write(TAGS, 0)
+    writer.write({"activation_variance/a": 3.0}, 50)
+    writer.write({}, 100)
     logger.experiment.flush()
     (file,) = Path(logger.log_dir).glob("events.*")
     events = [event for event in LegacyEventFileLoader(str(file)).Load() if event.HasField("summary")]
@@ -42,7 +42,7 @@ def test_tensorboard_gets_one_event_a_step(tmp_path: Path) -> None:
 
 def test_charts_one_per_statistic(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
-    Board([logger]).write_layout(["activation_variance", "gradient_norm"])
+    StatisticsWriter([logger]).write_layout(["activation_variance", "gradient_norm"])
     logger.experiment.flush()
     accumulator = EventAccumulator(logger.log_dir).Reload()
     (event,) = accumulator.Tensors("custom_scalars__config__")
@@ -61,9 +61,9 @@ def test_charts_one_per_statistic(tmp_path: Path) -> None:
 
 def test_loggers_of_other_kinds_get_log_metrics(tmp_path: Path) -> None:
     memory, table = MemoryLogger(), CSVLogger(tmp_path)
-    board = Board([memory, table])
-    board.write_layout(["activation_variance"])
-    board.write(TAGS, 7)
+    writer = StatisticsWriter([memory, table])
+    writer.write_layout(["activation_variance"])
+    writer.write(TAGS, 7)
     table.save()
     assert memory.steps[7]["activation_variance/b.0"] == 2.5
     (row,) = csv.DictReader((Path(table.log_dir) / "metrics.csv").read_text().splitlines())
@@ -79,7 +79,7 @@ def test_writer_of_the_user(tmp_path: Path) -> None:
         experiment = SummaryWriter(str(tmp_path))
 
     own = Own()
-    Board([own]).write({"activation_variance/a": torch.tensor(2.0).item()}, 1)
+    StatisticsWriter([own]).write({"activation_variance/a": torch.tensor(2.0).item()}, 1)
     own.experiment.close()
     assert own.steps == {}
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("activation_variance/a")[0].value == pytest.approx(2.0)
@@ -88,10 +88,10 @@ def test_writer_of_the_user(tmp_path: Path) -> None:
 def test_step_of_an_event_has_only_its_numbers(tmp_path: Path) -> None:
     """The messages of one step serve the next: nothing of them may stay where the tags are others."""
     logger = TensorBoardLogger(tmp_path)
-    board = Board([logger])
+    writer = StatisticsWriter([logger])
     steps = [{"x/a": 1.0, "x/b": 2.0}, {"x/b": 4.0, "x/a": 3.0}, {"x/b": 5.0}, {"x/b": 6.0, "x/c": 7.0}]
     for step, tags in enumerate(steps):
-        board.write(tags, step)
+        writer.write(tags, step)
     logger.experiment.flush()
     accumulator = EventAccumulator(logger.log_dir).Reload()
     for tag in ("x/a", "x/b", "x/c"):

@@ -34,7 +34,7 @@ SUMS_OF_SQUARES = Fault("lightning_init.monitor.parameter_norms.sums_of_squares"
 PACK_NORMS = Fault("lightning_init.monitor.parameter_norms.ParameterNorms.packed", "packing")
 PACK = Fault("lightning_init.monitor.exchange.VectorLayout.pack", "packing")
 STEP_RESULT = Fault("lightning_init.monitor.recorder.StepResult", "reading")
-WRITE = Fault("lightning_init.show.loggers.Board.write", "writing")
+WRITE = Fault("lightning_init.show.loggers.StatisticsWriter.write", "writing")
 AFTER_STEP = Fault("lightning_init.monitor.parameter_norms.ParameterNorms.after_step", "after the optimizer's step")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +135,9 @@ def expected_tags(
             units = [_as_rows(output, (unit_dims or {}).get(name, -1)) for output in outputs]
             tags |= _output_tags(prefix + name, units, name in rectifiers, (bounded or {}).get(name))
         if gradients := watched.gradients[name]:
-            tags[f"gradient_variance/{prefix}{name}"] = _variance(torch.cat([g.flatten() for g in gradients]))
+            together = torch.cat([g.flatten() for g in gradients])
+            tags[f"gradient_variance/{prefix}{name}"] = _variance(together)
+            tags[f"gradient_rms/{prefix}{name}"] = _rms(together)
         own = [p.grad for p in dict(network.named_modules())[name].parameters() if p.grad is not None]
         if own:
             tags[f"gradient_norm/{prefix}{name}"] = _norm(own)
@@ -178,9 +181,10 @@ def _output_tags(name: str, units: list[Tensor], rectifies: bool, ends: tuple[fl
         f"activation_variance/{name}": variance,
         f"signal_variance/{name}": float(per_unit.mean()),
         f"activation_mean/{name}": float(everything.mean()),
-        f"activation_rms/{name}": float((everything**2).mean().sqrt()),
+        f"activation_rms/{name}": _rms(everything),
         f"activation_max/{name}": float(everything.abs().max()),
         f"kurtosis/{name}": float(((everything - everything.mean()) ** 4).mean()) / variance**2 if variance else 0.0,
+        f"near_zero/{name}": _near_zero(everything),
     }
     if ends:
         margin = (ends[1] - ends[0]) / 100
@@ -190,6 +194,21 @@ def _output_tags(name: str, units: list[Tensor], rectifies: bool, ends: tuple[fl
         dead = torch.cat([~(rows > 0).any(0) for rows in by_width.values()])
         tags[f"dead_units/{name}"] = float(dead.double().mean())
     return tags
+
+
+def near_zero_threshold(rms: float) -> float:
+    """The largest of 1, 1.25, 1.5 and 1.75 times a power of two that is not above 1e-3 · rms, which is not 0."""
+    octave = 2.0 ** math.floor(math.log2(1e-3 * rms))
+    return octave * math.floor(4 * 1e-3 * rms / octave) / 4
+
+
+def _near_zero(values: Tensor) -> float:
+    rms = _rms(values)
+    return float((values.abs() < near_zero_threshold(rms)).double().mean()) if rms else 1.0
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:

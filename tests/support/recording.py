@@ -19,14 +19,14 @@ def squared(network: nn.Module, x: Tensor) -> Tensor:
 
 def record_step(recorder: Recorder, network: nn.Module, loss: Callable[[], Tensor]) -> LayerStats | None:
     """Record forward and backward of one step as the callback does; ``loss`` calls the network."""
-    recorder.start()
-    recorder.collector.attach()
+    recorder.start_step()
+    recorder.attach()
     network.zero_grad()
     value = loss()
-    recorder.collector.gradient_factor = 1.0
+    recorder.announce_backward(1.0)
     value.backward()
-    recorder.collector.detach()
-    recorder.before_step(network.parameters())
+    recorder.detach()
+    recorder.before_optimizer_step(network.parameters())
     return recorder.exchange()
 
 
