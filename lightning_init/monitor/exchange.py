@@ -1,8 +1,8 @@
 """How ranks add up a logged step: one vector in a layout that all ranks share, and one all_reduce.
 
-:class:`VectorLayout` says where every number of a step is in the vector and fills it from what a rank has recorded,
-:class:`PackedState` sums it over ranks. A few statistics on request cannot be summed with the rest, because they need
-the summed vector first or a maximum: :class:`SecondPass` exchanges those.
+:class:`VectorLayout` says where every number of a step is in the vector and fills it from what a rank has recorded;
+:class:`~lightning_init.monitor.packed_state.PackedState` sums it over ranks. A few statistics on request cannot be
+summed with the rest, because they need the summed vector first or a maximum: :class:`SecondPass` exchanges those.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_init.distributed.ranks import all_reduce
 from lightning_init.monitor.collector import LayerRecord
@@ -170,40 +169,6 @@ def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
                 known.add(slot)
                 position += 1
     return merged
-
-
-class PackedState(Metric):
-    """A float64 vector that adds up over updates and over ranks.
-
-    ``compute`` costs one ``all_reduce`` of the vector's size, whatever the number of ranks. It is a collective: every
-    rank has to call it, with a vector of the same size.
-
-    Args:
-        device: where it lives. It is no submodule of the model, so it is never cast and in no state dict.
-    """
-
-    full_state_update = False
-    packed: Tensor
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(dist_sync_fn=_sum_over_ranks)
-        empty = torch.zeros((), dtype=torch.float64, device=device)
-        self.add_state("packed", default=empty, dist_reduce_fx="sum")
-        self.to(device)
-
-    def update(self, vector: Tensor) -> None:
-        """Add ``vector``, [size]. The first is kept without a copy: the all_reduce overwrites the caller's tensor."""
-        self.packed = self.packed + vector if self.packed.dim() else vector
-
-    def compute(self) -> Tensor:
-        """The sum over updates and ranks."""
-        return self.packed
-
-
-def _sum_over_ranks(vector: Tensor, group: Any = None) -> list[Tensor]:
-    """Stands in for the all_gather that torchmetrics expects, whose result it sums: a list that holds only the sum."""
-    all_reduce(vector)  # over all ranks: a PackedState is made without a process group
-    return [vector]
 
 
 class SecondPass:

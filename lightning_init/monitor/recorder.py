@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from lightning_init.monitor.exchange import (
     FAULT,
     NUM_FLAGS,
     UNKNOWN_SLOT,
-    PackedState,
     SecondPass,
     Slot,
     VectorLayout,
@@ -26,6 +25,9 @@ from lightning_init.monitor.moments import Number
 from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, measures_of
 from lightning_init.monitor.step_result import StepResult
+
+if TYPE_CHECKING:
+    from lightning_init.monitor.packed_state import PackedState
 
 
 class _RankState(NamedTuple):
@@ -179,6 +181,8 @@ class Recorder:
         slots = in_one_order([recorded, [slot for slot in known if slot in recorded or slot.layer not in called]])
         widths = {stat: m.width for stat, m in measures_of(self.stats).items() if m.adds_up == "sum"}
         self._layout = VectorLayout(slots, self._norms.size, self.device, widths)
+        from lightning_init.monitor.packed_state import PackedState  # loads torchmetrics
+
         self._state = PackedState(self.device)
 
     def _sum_over_ranks(self, records: dict[str, LayerRecord]) -> tuple[list[float], StepResult | None]:

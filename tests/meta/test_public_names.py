@@ -26,7 +26,7 @@ PUBLIC_NAMES = frozenset(
         *("Orthogonal", "DeltaOrthogonal", "Identity", "Sparse", "ZerO"),
     }
 )
-HEAVY = ("lightning", "pytorch_lightning", "tensorboard", "jsonargparse")
+HEAVY = ("lightning", "pytorch_lightning", "tensorboard", "jsonargparse", "torchmetrics", "matplotlib", "transformers")
 
 
 def modules_after(code: str) -> set[str]:
@@ -60,10 +60,12 @@ def test_version_is_the_installed_one() -> None:
     assert lightning_init.__version__ == importlib.metadata.version("lightning-init")
 
 
+@pytest.mark.processes
 def test_import_alone_loads_no_torch() -> None:
     assert "torch" not in modules_after("import lightning_init")
 
 
+@pytest.mark.processes
 def test_import_of_the_plain_face_loads_torch_without_lightning() -> None:
     names = ("initialize", "plan", "observe", "fans_of", "gain_of", "register", "SCHEMES", "Rule", "LayerStats")
     loaded = modules_after(f"from lightning_init import {', '.join(names)}")
@@ -71,6 +73,7 @@ def test_import_of_the_plain_face_loads_torch_without_lightning() -> None:
     assert not loaded & set(HEAVY)
 
 
+@pytest.mark.processes
 def test_plain_face_works_without_lightning() -> None:
     loaded = modules_after(
         "import torch\n"

@@ -6,7 +6,7 @@ import pickle
 
 import torch
 
-from lightning_init.monitor.exchange import PackedState
+from lightning_init.monitor.packed_state import PackedState
 
 CPU = torch.device("cpu")
 
