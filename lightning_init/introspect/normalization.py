@@ -34,6 +34,16 @@ def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
     )
 
 
+def batches_tracked(module: nn.Module) -> int:
+    """How many batches a batch norm has seen in training mode; 0 for any other module, and on the meta device.
+
+    >>> batches_tracked(nn.BatchNorm1d(3)), batches_tracked(nn.Linear(3, 3))
+    (0, 0)
+    """
+    count = module._buffers.get("num_batches_tracked")
+    return 0 if count is None or count.is_meta else int(count)
+
+
 def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
     """Whether a scale of 0 lets something through: Gemma's norm multiplies by 1 + scale.
 

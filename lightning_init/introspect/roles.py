@@ -1,4 +1,8 @@
-"""The one place that knows module types: from a module and a parameter's name to its role and its fans."""
+"""Which role and which fans a parameter has: the one registry that all of them are read from, and users' own added to.
+
+It starts with the entries of ``torch_roles``. Nothing outside of ``introspect`` asks for the type of a module to find
+out what its parameters are.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,13 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
-    and parametrized ones included. What no class knows may still be a norm by its shape and name. What
-    ``outer`` modules say about their inner ones comes first.
+    and parametrized ones included. What no class knows may still be a norm by its shape and name.
+
+    Args:
+        module: the owner of the parameter.
+        attribute: the parameter's name there.
+        ancestors: the modules around ``module``, outermost first, each with the parameter's name as seen from there;
+            what is registered for the parameters inside them comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')
