@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from lightning_init.checks import check_choice, check_finite, check_positive
-from lightning_init.schemes.distributions import Scheme
 from lightning_init.schemes.gains import gain_of
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
+from lightning_init.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)

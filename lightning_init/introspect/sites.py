@@ -44,6 +44,11 @@ class ParameterSite:
     storage: Storage = "itself"
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the attribute has to be written through the inverse of a computation."""
+        return self.storage in ("parametrization", "weight_norm")
+
+    @property
     def current(self) -> Tensor:
         """What the forward pass reads now; for a parametrized attribute it is computed."""
         if self.storage == "parametrization":

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, plan, register
+from lightning_init.initialization.draw import make_tasks
 from lightning_init.initialization.training_signs import signs_of_training
 from lightning_init.introspect import roles
 from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
@@ -26,7 +27,7 @@ SEEDS = 10
 
 
 def signs(model: nn.Module, *rules: Rule) -> list[str]:
-    return signs_of_training(plan(model, rules=rules), model)
+    return [sign.message for sign in signs_of_training(make_tasks(plan(model, rules=rules), 0), model)]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])
