@@ -203,7 +203,9 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
 
 def test_blocks_drawn_by_a_rank_are_those_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     per_rank = [blocks_drawn(monkeypatch, rank, [Shard(0)]) for rank in range(4)]
-    assert per_rank == [set(range(5 * rank, 5 * rank + 5)) | {0} for rank in range(4)]  # block 0 also is the fingerprint
+    assert per_rank == [
+        set(range(5 * rank, 5 * rank + 5)) | {0} for rank in range(4)
+    ]  # block 0 also is the fingerprint
     assert [len(blocks_drawn(monkeypatch, rank, [Shard(1)])) for rank in range(4)] == [20] * 4
     assert len(blocks_drawn(monkeypatch, 2, [Replicate()])) == 20
 
