@@ -291,7 +291,7 @@ def test_scheme_of_unknown_type_is_refused() -> None:
         def resolve(self, role: ParameterRole | None, gain: float) -> Initializer:
             return None  # type: ignore[return-value]
 
-    with pytest.raises(TypeError, match="Abstract.*resolve"):
+    with pytest.raises(TypeError, match=r"Abstract.*resolve"):
         planned(mlp(), Abstract())  # type: ignore[abstract]
     message = r"^Odd\(\) gives None for '0.weight', which is no Distribution and no StructuredScheme$"
     with pytest.raises(TypeError, match=message):
