@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -50,9 +51,13 @@ class ParameterSite:
 
     @property
     def current(self) -> Tensor:
-        """What the forward pass reads now; for a parametrized attribute it is computed."""
+        """What the forward pass reads now; for a parametrized attribute it is computed.
+
+        In evaluation mode: while training, reading a spectral norm's weight changes the norm's vectors.
+        """
         if self.storage == "parametrization":
-            return torch.Tensor.detach(getattr(self.module, self.attribute))
+            with _in_eval_mode(parametrizations_of(self) or ()):
+                return torch.Tensor.detach(getattr(self.module, self.attribute))
         hook = weight_norm_of(self.module, self.attribute) if self.storage == "weight_norm" else None
         computed: Tensor = hook.compute_weight(self.module) if hook else self.parameter
         return computed.detach()
@@ -124,6 +129,19 @@ def parametrizations_of(site: ParameterSite) -> ParametrizationList | None:
         return None
     found = getattr(site.module.parametrizations, site.attribute)
     return found if isinstance(found, ParametrizationList) else None
+
+
+@contextmanager
+def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch modules, but not what they contain, to evaluation mode and back."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _sibling(name: str, attribute: str) -> str:
