@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from lightning_init.findings import Finding
 from lightning_init.initialization.draw import DrawTask
 from lightning_init.initialization.plan import Assignment
 from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.role import Role
+from lightning_init.introspect.torch_roles import other_bias_draws
 from lightning_init.schemes.distributions import Constant, Uniform
 
 NEXT_TO_ZERO = 1e-5
@@ -121,7 +121,7 @@ def _is_no_longer_uniform(assignment: Assignment, role: Role, slices: list[Tenso
     if not isinstance(role.default, Uniform) or assignment.site.parameter.is_complex():
         return False
     if role.kind == "bias":
-        usual = [role.default, *_by_true_fan_in(assignment.site.module)]
+        usual = [role.default, *other_bias_draws(assignment.site.module)]
         return all(any(_bias_has_moved(one, draw) for one in slices) for draw in usual)
     return role.kind == "weight" and _has_left(torch.cat(slices), role.default, assignment)
 
@@ -158,13 +158,6 @@ def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
         return False
     beyond = float(values.abs().max()) > drawn_from.high * _rounding(values)
     return beyond or not _has_spread_of(values, drawn_from)
-
-
-def _by_true_fan_in(module: nn.Module) -> Iterator[Uniform]:
-    """What authors draw a transposed convolution's bias from who divide by its inputs; torch divides by outputs."""
-    if isinstance(module, _ConvTransposeNd):
-        bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
-        yield Uniform(-bound, bound)
 
 
 def _has_left(values: Tensor, drawn_from: Uniform, assignment: Assignment) -> bool:

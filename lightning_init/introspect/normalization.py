@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_init.introspect.role import Role
+from lightning_init.sandbox import copy_of, undisturbed
 from lightning_init.schemes.distributions import Constant
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
@@ -52,32 +52,20 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
 
 
 def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
-    """``forward`` of a stand-in with zeros for its tensors; None if it raises.
+    """``forward`` of a copy with zeros for its tensors; None if it raises.
 
     A gate, or whatever else ``forward`` insists on, is the example too.
     """
-    try:
-        stand_in = _stand_in(module)
-        required = [
-            parameter
-            for parameter in inspect.signature(stand_in.forward).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-        with torch.no_grad():
-            output = stand_in.forward(*[example] * len(required))
-    except Exception:  # any code may stand here, and all that failed is a look
-        return None
+    with undisturbed(), torch.no_grad():
+        try:
+            forward = copy_of(module, zeros=True).forward
+            required = [
+                parameter
+                for parameter in inspect.signature(forward).parameters.values()
+                if parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            ]
+            output = forward(*[example] * len(required))
+        except Exception:  # any code may stand here
+            return None
     return output if isinstance(output, Tensor) else None
-
-
-def _stand_in(module: nn.Module) -> Any:
-    """The module's settings with zeros for its tensors: no hooks, shards or state of the module are touched."""
-    stand_in: Any = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
-    for group in ("_parameters", "_buffers"):
-        stand_in.__dict__[group] = {
-            name: None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            for name, tensor in module.__dict__[group].items()
-        }
-    return stand_in

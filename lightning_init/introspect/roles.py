@@ -1,4 +1,4 @@
-"""The one place that knows module types: from a module and a parameter's name to its role and its fans."""
+"""From a module and a parameter's name to its role and its fans: what is registered, and what a name gives away."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
     and parametrized ones included. What no class knows may still be a norm by its shape and name. What
-    ``outer`` modules say about their inner ones comes first.
+    ``ancestors`` say about their inner ones comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')

@@ -25,14 +25,17 @@ Storage: TypeAlias = Literal["itself", "parametrization", "weight_norm", "recomp
 class ParameterSite:
     """One registered parameter and the attribute of its owner that the forward pass reads.
 
+    They differ where something computes the attribute: ``0.parametrizations.weight.original0`` is registered,
+    ``0.weight`` is read.
+
     Attributes:
-        name: the registered parameter's full name, wrappers removed (``0.parametrizations.weight.original0``).
-        target: the full name of what the forward pass reads (``0.weight``); the stream is keyed by it.
+        stored_fqn: the registered parameter's full name, wrappers removed.
+        forward_fqn: the full name of what the forward pass reads; the random stream is keyed by it.
         module: the owner of that attribute.
         attribute: its name there (``weight``).
         parameter: the registered parameter.
-        outer: the modules around the owner, outermost first, each with the target's name as seen from there.
-        via: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
+        ancestors: the modules around the owner, outermost first, each with the attribute's name as seen from there.
+        storage: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
             by hooks); ``recomputed`` (pruning and the older spectral_norm: the forward pass recomputes it from here).
     """
 
@@ -124,7 +127,7 @@ def recomputing_hook_of(module: nn.Module, attribute: str) -> SpectralNorm | Bas
 
 
 def parametrizations_of(site: ParameterSite) -> ParametrizationList | None:
-    """The parametrizations of a place's attribute, if it has any."""
+    """The parametrizations of a site's attribute, if it has any."""
     if not is_parametrized(site.module, site.attribute):
         return None
     found = getattr(site.module.parametrizations, site.attribute)

@@ -5,7 +5,6 @@ A gain belongs to the nonlinearity that feeds a layer, not to the one its output
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_init.checks import check_choice, check_positive, did_you_mean
+from lightning_init.sandbox import copy_of, is_elementwise, undisturbed
 from lightning_init.schemes.quadrature import second_moment
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -106,7 +106,7 @@ def _gain_of_name(name: str, direction: Direction, input_variance: float) -> flo
 def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, input_variance: float) -> float:
     """1/√ of the moment that ``direction`` is about."""
     scale = math.sqrt(input_variance)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
         function = _elementwise(activation)
         _check_elementwise(function)
         if direction == "forward":
@@ -141,8 +141,7 @@ def _elementwise(activation: nn.Module | Elementwise) -> Elementwise:
         # Both moments of a mixture of slopes are those of one slope, their root mean square.
         slope = activation.weight.detach().double().square().mean().sqrt().item()
         return functools.partial(F.leaky_relu, negative_slope=slope)
-    stand_in = copy.deepcopy(activation).to("cpu", torch.float64).eval()
-    forward: Elementwise = stand_in.forward
+    forward: Elementwise = copy_of(activation).to(torch.float64).forward
     return forward
 
 
@@ -175,9 +174,7 @@ def _derivatives(function: Elementwise, z: Tensor) -> Tensor:
 def _check_elementwise(function: Elementwise) -> None:
     """Raise unless each element's answer is its own: the same in another company, at another place."""
     z = torch.linspace(-3.0, 2.5, 64, dtype=torch.float64, device="cpu")
-    together, apart = _values(function, z), _values(function, z[:24].flip(0))
-    # 1e-5, for functions that work in float32.
-    if not torch.allclose(together[:24].flip(0), apart, rtol=1e-5, atol=1e-6, equal_nan=True):
+    if not is_elementwise(functools.partial(_values, function), z):  # functions may work in float32 inside
         raise ValueError(
             "the activation is not elementwise (or is random): an element's output depends on its neighbours"
         )

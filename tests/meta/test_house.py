@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_init"
 
 # From the bottom up. A file may import its own package and what lies strictly below.
 FLOORS = [
-    {"native", "checks", "findings"},
+    {"native", "checks", "findings", "sandbox"},
     {"distributed"},
     {"schemes"},
     {"introspect"},
