@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -39,24 +39,39 @@ def copy_of(module: nn.Module, *, zeros: bool = False) -> nn.Module:
             its calls or writes to a buffer does it to the copy.
         zeros: zeros for all of its tensors, whatever and wherever they are: shards, on meta, or large.
 
-    Raises:
-        Exception: whatever copying raises, where the module's state cannot be copied.
+    What cannot be copied, such as a process group or a lock, the copy lacks.
     """
     instead: dict[int, object] = {}
     if zeros:
         for tensor in (*module.parameters(), *module.buffers()):
             instead[id(tensor)] = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    return copy.deepcopy(_without_hooks(module), instead).to("cpu").eval()
+    copied = _copied(module, instead).eval()
+    return copied if zeros else copied.to("cpu")  # FSDP2's modules refuse ``to`` without the state they lack here
 
 
-def _without_hooks(module: nn.Module) -> nn.Module:
-    """The module's own state under no hooks, its children's likewise."""
-    bare = object.__new__(type(module))
-    bare.__dict__.update({k: OrderedDict() if k.endswith("_hooks") else v for k, v in module.__dict__.items()})
-    bare.__dict__["_modules"] = {
-        name: None if child is None else _without_hooks(child) for name, child in module._modules.items()
-    }
-    return bare
+def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """The module's state in depth, under no hooks; its children's likewise.
+
+    By hand, and not by ``copy.deepcopy(module)``, which calls constructors that FSDP2 and users override. What cannot
+    be copied (process groups, locks, files) is left out instead of shared: a forward pass that needs it raises.
+    """
+    known = memo.get(id(module))
+    if isinstance(known, nn.Module):
+        return known
+    if isinstance(module, torch.jit.ScriptModule):  # its state is not in Python
+        return copy.deepcopy(module, memo)
+    copied = object.__new__(type(module))
+    memo[id(module)] = copied
+    for name, value in module.__dict__.items():
+        if str(name).endswith("_hooks"):
+            copied.__dict__[name] = OrderedDict()
+        elif name == "_modules":
+            children = value.items()
+            copied.__dict__[name] = {key: None if child is None else _copied(child, memo) for key, child in children}
+        else:
+            with suppress(Exception):
+                copied.__dict__[name] = copy.deepcopy(value, memo)
+    return copied
 
 
 def is_elementwise(function: Callable[[Tensor], object], numbers: Tensor, *, rtol: float = 1e-5) -> bool:

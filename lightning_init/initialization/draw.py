@@ -87,7 +87,7 @@ class DrawTask:
         """The task of an assignment that draws something."""
         site = assignment.site
         shard = local_shard_of(site.parameter)
-        shape = site.current.shape if site.is_computed else shard.whole_shape
+        shape = site.current.shape if site.is_computed else shard.full_shape
         count = shape.numel() // len(assignment.initializers)
         names = assignment.slices if len(assignment.initializers) > 1 else ("",)
         chunks = tuple(

@@ -129,7 +129,7 @@ def _is_no_longer_uniform(assignment: Assignment, role: Role, slices: list[Tenso
 def _slices_of(task: DrawTask) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks have theirs."""
     shard, names = task.shard, task.assignment.slices
-    size = shard.whole_shape.numel() // len(names)
+    size = shard.full_shape.numel() // len(names)
     flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
     overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(len(names))]
     held = [flat[overlap[0]] for overlap in overlaps if overlap is not None]

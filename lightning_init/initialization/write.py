@@ -152,9 +152,9 @@ def _zero_padding_row(task: DrawTask) -> None:
     """A lookup table's padding row is zero, as the module itself would have it."""
     row, shard = task.role.padding_index, task.shard
     # A weight norm over dimension 1 holds one length per column: none of them is the row's.
-    if row is None or shard.whole_shape[0] != task.shape[0]:
+    if row is None or shard.full_shape[0] != task.shape[0]:
         return
-    width = math.prod(shard.whole_shape[1:])
+    width = math.prod(shard.full_shape[1:])
     overlap = shard.overlap(row * width, (row + 1) * width)
     if overlap is not None:
         shard.local[overlap[0].start // shard.local[0].numel()] = 0

@@ -25,7 +25,7 @@ def norm_role(module: nn.Module, attribute: str) -> Role:
 
 def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
     """Whether this is the 1-D ``weight`` or ``bias`` of a class that calls itself a norm."""
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     return (
         attribute in ("weight", "bias")
         and parameter is not None
@@ -40,8 +40,8 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
     The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
     """
     forward = type(module).forward
-    scale = module._parameters.get(attribute)
-    if scale is None or forward.__module__.startswith("torch.nn.") or module._modules:
+    scale = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
+    if scale is None or forward.__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
         return False
     rows = torch.linspace(-1.0, 2.0, 2 * scale.numel(), device="cpu").view(2, -1)  # [batch, units]
     for example in (rows, rows[:, :, None, None].expand(-1, -1, 2, 2)):  # channels last, channels first

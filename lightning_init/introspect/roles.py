@@ -37,7 +37,7 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')
     """
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     if parameter is not None and is_lazy(parameter):
         return None
     for owner, name in (*ancestors, (module, attribute)):

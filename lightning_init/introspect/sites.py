@@ -105,7 +105,7 @@ def _behind(owner: nn.Module, attribute: str) -> tuple[str, Storage]:
     stem, _, ending = attribute.rpartition("_")
     if ending in ("g", "v") and weight_norm_of(owner, stem) is not None:
         return stem, "weight_norm"
-    if ending == "orig" and stem not in owner._parameters and hasattr(owner, stem):
+    if ending == "orig" and stem not in dict(owner.named_parameters(recurse=False)) and hasattr(owner, stem):
         return stem, "recomputed"
     return attribute, "itself"
 
