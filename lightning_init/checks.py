@@ -21,8 +21,23 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     >>> did_you_mean("rellu", ["relu", "tanh"])
     "; did you mean 'relu'?"
     """
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    near = nearest_names(given, known, at_most=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest_names(given: str, known: Iterable[str], *, at_most: int, however_far: bool = False) -> list[str]:
+    """The known names most like ``given``, the nearest first.
+
+    Args:
+        given: what was asked for.
+        known: what there is.
+        at_most: how many names.
+        however_far: also names that have nothing in common with it; else only such as have most letters in common.
+
+    >>> nearest_names("net.1.wieght", ["net.0.bias", "net.1.weight", "net.1.bias"], at_most=2)
+    ['net.1.weight', 'net.1.bias']
+    """
+    return difflib.get_close_matches(given, list(known), n=at_most, cutoff=0.0 if however_far else 0.6)
 
 
 def check_positive(what: str, value: float) -> None:

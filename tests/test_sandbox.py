@@ -1,12 +1,10 @@
-"""A module that is asked what it does is as it was before, and so are the random states."""
+"""Asking a copy: the module, its hooks and the random states stay as they were."""
 
 from __future__ import annotations
 
-import functools
-import math
+import copy
 import random
 import warnings
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -15,249 +13,110 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_init import gain_of
+from lightning_init import gain_of, plan
 from lightning_init.introspect.activations import activation_of
-from lightning_init.introspect.normalization import norm_role
-from lightning_init.sandbox import is_elementwise, random_states_kept, sandbox
+from lightning_init.introspect.layers import find_layers
+from lightning_init.sandbox import copy_of, is_elementwise, undisturbed
 
 
-class Shared:
-    """An object that ``copy.deepcopy`` does not copy."""
+class Nosy(nn.Module):
+    """Does all that a forward pass should not: it counts, collects, writes to a buffer and draws random numbers."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-        self.log: list[int] = []
-        self.total = torch.zeros(2)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Shared:
-        return self
-
-
-def with_closure() -> Callable[[Tensor], Tensor]:
-    calls, log = 0, []
-
-    def function(x: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        log.append(calls)
-        return x.tanh()
-
-    return function
-
-
-class Busy(nn.Module):
-    """An activation that changes all that it can reach each time it is called."""
-
-    def __init__(self) -> None:
+    def __init__(self, with_weight: bool = False) -> None:
         super().__init__()
         self.calls = 0
-        self.log: list[Any] = [[], 1]
-        self.by_name: dict[str, Any] = {"inner": {}}
-        self.seen, self.recent = {0}, deque([0], maxlen=2)
-        self.register_buffer("total", torch.zeros(2))
-        self.plain = torch.zeros(2)
-        self.shared = Shared()
-        self.function = with_closure()
-        self.method = self.note
-        self.partial = functools.partial(self.note, "partial")
-
-    def note(self, name: str) -> None:
-        self.log[0].append(name)
+        self.inputs: list[Tensor] = []
+        self.settings = {"seen": {"shapes": [(0,)]}}
+        self.register_buffer("last", torch.zeros(3))
+        if with_weight:
+            self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.note("forward")
-        self.method("method")
-        self.partial()
-        self.by_name["inner"][self.calls] = x
-        self.by_name["outer"] = x
-        self.seen.add(self.calls)
-        self.recent.append(self.calls)
-        self.total += 1
-        self.plain.add_(1)
-        self.shared.calls += 1
-        self.shared.log.append(1)
-        self.shared.total += 1
-        torch.rand(1), random.random(), np.random.rand()
-        warnings.warn("busy", stacklevel=1)
-        return self.function(x)
+        self.inputs.append(x)
+        self.settings["seen"]["shapes"].append(tuple(x.shape))
+        self.last.add_(1)
+        warnings.warn("looked at", stacklevel=1)
+        scale = 1 + 0 * (torch.rand(1).item() + random.random() + np.random.rand())
+        return torch.tanh(x) * scale * getattr(self, "weight", torch.ones(1)).mean()
 
 
-class BusyNorm(Busy):
-    """Multiplies by 1 + scale, while all its state is shared with the copy that is asked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (1 + self.weight)
+class NosyNorm(Nosy):
+    """Its class name makes it a norm, whose scale is found out by a forward pass."""
 
 
-class CopiedAsItself(nn.Module):
-    """Its copy is the module: the weight would become float64, the mode eval."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Module()
-        self.inner.register_parameter("weight", nn.Parameter(torch.ones(1)))
-        self.calls = 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> CopiedAsItself:
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return x.relu() * self.inner.weight
+def everything(module: Nosy) -> list[Any]:
+    states = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+    values = {name: tensor.tolist() for name, tensor in module.state_dict().items()}
+    return [*states, values, module.calls, len(module.inputs), copy.deepcopy(module.settings), module.training]
 
 
-def state_of(value: object) -> object:
-    """All that is in a module, as values that can be compared."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.tolist()
-    if isinstance(value, dict):
-        return {name: state_of(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple, set, deque)):
-        return type(value), [state_of(part) for part in value]
-    if isinstance(value, (nn.Module, Shared)):
-        return state_of(vars(value))
-    if isinstance(value, functools.partial):
-        return state_of(value.args)
-    if hasattr(value, "__closure__"):
-        return [state_of(cell.cell_contents) for cell in value.__closure__ or ()]
-    return str(value) if callable(value) else value
-
-
-def random_states() -> tuple[object, ...]:
-    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
-
-
-QUESTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
-    "activation": (Busy, activation_of),
-    "norm": (BusyNorm, lambda module: norm_role(module, "weight")),
-    "gain": (Busy, gain_of),
-    "gain of several": (lambda: nn.Sequential(Busy(), nn.PReLU()), gain_of),
-    "gain of what is its own copy": (CopiedAsItself, gain_of),
+ASK: dict[str, tuple[Callable[[], Nosy], Callable[[Nosy], object]]] = {
+    "activation_of": (Nosy, activation_of),
+    "find_layers": (Nosy, lambda module: find_layers(nn.Sequential(module))),
+    "gain_of": (Nosy, gain_of),
+    "gain_of with a weight": (lambda: Nosy(True), gain_of),
+    "plan of a norm": (lambda: NosyNorm(True), plan),
+    "copy_of": (lambda: Nosy(True), lambda module: copy_of(module)(torch.ones(3))),
+    "copy_of with zeros": (lambda: Nosy(True), lambda module: copy_of(module, zeros=True)(torch.ones(3))),
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_sandbox_leaves_module_and_random_states_as_they_were(question: str) -> None:
-    make, ask = QUESTIONS[question]
-    module = make().train()
-    module.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
-    for inner in module.children():
-        inner.register_forward_pre_hook(lambda *_: pytest.fail("an inner hook was called"))
-    before, states = state_of(module), random_states()
-    assert ask(module) is not None  # it was called, and gave an answer
-    assert state_of(module) == before
-    assert random_states() == states
+@pytest.mark.parametrize("name", ASK)
+def test_asking_changes_nothing(name: str) -> None:
+    build, ask = ASK[name]
+    module = build()
+    before = everything(module)
+    with undisturbed():
+        answer = ask(module)
+    assert answer is not None
+    assert everything(module) == before
+
+
+@pytest.mark.parametrize("name", [name for name in ASK if not name.startswith("copy_of")])
+def test_asking_keeps_random_states_and_warnings_by_itself(name: str) -> None:
+    build, ask = ASK[name]
+    module = build()
+    before = everything(module)
+    ask(module)  # a warning would be an error
+    assert everything(module) == before
+
+
+def test_copy_has_no_hooks_and_runs_none() -> None:
+    calls: list[str] = []
+    inner = nn.Linear(2, 2)
+    module = nn.Sequential(inner, nn.ReLU())
+    inner.register_forward_hook(lambda *_: calls.append("inner"))
+    module.register_forward_pre_hook(lambda *_: calls.append("outer"))
+    copied = copy_of(module)
+    copied(torch.ones(1, 2))
+    assert calls == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in copied.modules())
+    assert not copied.training
     assert module.training
+    module(torch.ones(1, 2))
+    assert calls == ["outer", "inner"]
 
 
-def test_busy_module_changes_all_of_its_state() -> None:
-    """Or the test above would show nothing."""
-    module = Busy()
-    before, states = state_of(module), random_states()
-    with pytest.warns(UserWarning, match="busy"):
-        module(torch.ones(2))
-    after = state_of(module)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {
-        *("calls", "log", "by_name", "seen", "recent", "_buffers", "plain", "shared", "function"),
-    }
-    assert all(now != then for now, then in zip(random_states(), states, strict=True))
+def test_copy_with_zeros_holds_no_value_of_the_module() -> None:
+    with torch.device("meta"):
+        module = nn.BatchNorm1d(4, dtype=torch.bfloat16)
+    copied = copy_of(module, zeros=True)
+    tensors = [*copied.parameters(), *copied.buffers()]
+    assert [tensor.dtype for tensor in tensors] == [
+        tensor.dtype for tensor in (*module.parameters(), *module.buffers())
+    ]
+    assert all(tensor.device.type == "cpu" and not tensor.any() for tensor in tensors)
 
 
-def test_sandbox_restores_after_an_error() -> None:
-    module, outer = Busy(), nn.Sequential(nn.Identity(), nn.Linear(3, 3))
-    outer[0] = module
-    before, states = state_of(module), random_states()
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), sandbox(outer) as copied:
-        copied(torch.ones(2))
-    assert state_of(module) == before
-    assert random_states() == states
+@pytest.mark.parametrize("function", [nn.Softmax(0), nn.Softmin(0), torch.cumsum, lambda x: x.flip(0), torch.rand_like])
+def test_is_elementwise_of_what_mixes_numbers(function: Callable[..., Tensor]) -> None:
+    asked = (lambda x: torch.cumsum(x, 0)) if function is torch.cumsum else function
+    assert not is_elementwise(asked, torch.tensor([-30.0, -1.0, 0.5, 2.0]))
 
 
-def test_sandbox_copies_to_cpu_eval_and_dtype() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
-    with sandbox(module, dtype=torch.float64) as copied:
-        assert not any(inner.training for inner in copied.modules())
-        assert {parameter.dtype for parameter in copied.parameters()} == {torch.float64}
-        assert torch.equal(copied[0].weight, module[0].weight.double())
-    assert module[0].weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sandbox_of_zeros_has_the_shapes_and_no_values(device: str) -> None:
-    module = nn.BatchNorm1d(3, device=device, dtype=torch.float16).train()
-    with sandbox(module, zeros=True) as copied:
-        for name, tensor in [*copied.named_buffers(), *copied._parameters.items()]:
-            original = getattr(module, name)
-            assert (tensor.shape, tensor.dtype, tensor.device.type) == (original.shape, original.dtype, "cpu")
-            assert not tensor.any()
-        assert not copied.training
-    assert module.training
-    assert module.weight.device.type == device
-
-
-def test_sandbox_of_what_cannot_be_copied_raises() -> None:
-    module = nn.ReLU()
-    module.computed = torch.ones(1, requires_grad=True) * 2  # deepcopy refuses: it is part of a graph
-    with pytest.raises(RuntimeError, match="deepcopy"), sandbox(module):
-        pass
-    assert activation_of(module) is None
-
-
-def test_random_states_kept_after_an_error() -> None:
-    def draw() -> None:
-        torch.rand(1), random.random(), np.random.rand()
-        raise ValueError("no")
-
-    states = random_states()
-    with pytest.raises(ValueError, match="no"), random_states_kept():
-        draw()
-    assert random_states() == states
-
-
-NUMBERS = torch.tensor([-2.0, -1.0, 0.5, 3.0])
-
-
-@pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (torch.relu, True),
-        (torch.relu_, True),
-        (torch.log, True),  # NaN equals NaN
-        (lambda z: z.double(), True),
-        (lambda z: z - z.mean(), False),
-        (lambda z: z * torch.arange(len(z)), False),  # of the place
-        (lambda z: z + torch.rand_like(z), False),
-        (lambda z: z.sum(), False),
-        (lambda z: z.reshape(2, -1) if len(z) > 2 else z, False),
-        (lambda z: z if len(z) > 2 else z.sum(), False),
-        (lambda z: (z,), False),
-        (lambda z: z if len(z) > 2 else None, False),
-        (lambda z: z > 0, False),
-    ],
-)
-def test_is_elementwise(function: Callable[[Tensor], Any], expected: bool) -> None:
-    for groups in (torch.arange(4).split(1), [torch.tensor([1, 0])]):
-        together = function(NUMBERS.clone())
-        assert is_elementwise(function, NUMBERS, together, groups=groups, rtol=1e-5) is expected
-    assert NUMBERS.tolist() == [-2.0, -1.0, 0.5, 3.0]
-
-
-def test_is_elementwise_within_the_tolerance() -> None:
-    def rough(z: Tensor) -> Tensor:
-        return z * (1 + 1e-3 * (len(z) > 2))
-
-    alone = torch.arange(4).split(1)
-    assert is_elementwise(rough, NUMBERS, rough(NUMBERS), groups=alone, rtol=2e-3)
-    assert not is_elementwise(rough, NUMBERS, rough(NUMBERS), groups=alone, rtol=5e-4)
-
-
-def test_answers_in_the_sandbox_are_those_of_the_module() -> None:
-    assert activation_of(Busy()) == activation_of(nn.Tanh())
-    assert math.isclose(gain_of(Busy()), gain_of("tanh"), rel_tol=1e-12)
-    assert norm_role(BusyNorm(), "weight").default.value == 0.0
+@pytest.mark.parametrize("function", [torch.tanh, torch.log, nn.ReLU(inplace=True), lambda x: x])
+def test_is_elementwise_of_what_does_not(function: Callable[[Tensor], Tensor]) -> None:
+    numbers = torch.tensor([-30.0, -1.0, 0.5, 2.0])
+    assert is_elementwise(function, numbers)
+    assert numbers.tolist() == [-30.0, -1.0, 0.5, 2.0]

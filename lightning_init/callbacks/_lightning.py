@@ -1,4 +1,8 @@
-"""Everything the callbacks need from Lightning that is not public, one commented function each."""
+"""What the callbacks need from Lightning that is not public, or public but hidden from type checkers.
+
+One function each: first what both callbacks ask of a Trainer, then what initialisation needs around ``on_fit_start``,
+then what the monitor needs of the training loop.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,31 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-
-def is_deepspeed(trainer: Trainer) -> bool:
-    """Whether DeepSpeed runs the training."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+_FROM_META = "lightning_init_from_meta"
+"""Attribute of a user's module that says that parameters of it were on the meta device."""
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks; the attribute is public, but set where type checkers do not look."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def logging_interval(trainer: Trainer) -> int:
+    """``log_every_n_steps``: public, but set where type checkers do not look."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+
+def why_nothing_is_written(trainer: Trainer) -> str | None:
+    """The reason why no logger will get anything; None if one will."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set where type checkers do not look
+        return "of fast_dev_run"
+    return None if trainer.loggers else "the Trainer has no logger"
+
+
+def is_deepspeed(trainer: Trainer) -> bool:
+    """Whether DeepSpeed runs the training."""
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def move_ahead_of_finders(trainer: Trainer, callback: Callback) -> None:
@@ -57,36 +76,29 @@ def refresh_averages(trainer: Trainer, module: LightningModule) -> None:
                 mine.detach().copy_(new.detach())
 
 
-def watch_for_meta(module: LightningModule) -> None:
-    """Note on the module itself when Lightning gives memory to parameters that were made on the meta device.
+def start_meta_watch(module: LightningModule) -> None:
+    """Remember, on the module itself, whether Lightning gives memory to parameters that were made on the meta device.
 
     ``ModelParallelStrategy`` calls ``to_empty`` on the root module between ``configure_model`` and
     ``on_fit_start``, where no hook of a callback runs, and afterwards nothing tells fresh memory from weights.
     """
-    module.to_empty = functools.partial(_noted_to_empty, module)  # type: ignore[method-assign]
+    module.to_empty = functools.partial(_to_empty_remembered, module)  # type: ignore[method-assign]
 
 
 def end_meta_watch(module: LightningModule) -> bool:
-    """Whether :func:`watch_for_meta` saw memory being given; ends the watch."""
+    """End what :func:`start_meta_watch` began; whether parameters came from the meta device since."""
     module.__dict__.pop("to_empty", None)
-    return bool(module.__dict__.pop("_came_from_meta", False))
+    return bool(module.__dict__.pop(_FROM_META, False))
 
 
-def _noted_to_empty(module: LightningModule, *args: Any, **kwargs: Any) -> LightningModule:
-    module.__dict__["_came_from_meta"] = any(parameter.is_meta for parameter in module.parameters())
+def _to_empty_remembered(module: LightningModule, *args: Any, **kwargs: Any) -> LightningModule:
+    module.__dict__[_FROM_META] = any(parameter.is_meta for parameter in module.parameters())
     return type(module).to_empty(module, *args, **kwargs)
 
 
-def logging_interval(trainer: Trainer) -> int:
-    """``log_every_n_steps``: public, but set where type checkers do not look."""
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
-
-
-def why_nothing_is_written(trainer: Trainer) -> str | None:
-    """The reason why no logger will get anything; None if one will."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set where type checkers do not look
-        return "of fast_dev_run"
-    return None if trainer.loggers else "the Trainer has no logger"
+def in_training_step(module: LightningModule) -> bool:
+    """Whether ``training_step`` is what runs now, and not another callback, the summary or validation."""
+    return module._current_fx_name == "training_step"
 
 
 def step_number(trainer: Trainer) -> int:
@@ -95,13 +107,8 @@ def step_number(trainer: Trainer) -> int:
 
 
 def step_ends_with_this_batch(trainer: Trainer) -> bool:
-    """Whether the optimizer steps after this micro-batch, the short last window of an epoch included."""
+    """Whether the optimizer steps after this micro-batch, the short last accumulation of an epoch included."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
-
-
-def in_training_step(module: LightningModule) -> bool:
-    """Whether ``training_step`` is what runs now, and not another callback, the summary or validation."""
-    return module._current_fx_name == "training_step"
 
 
 def data_parallel_size(trainer: Trainer) -> int:

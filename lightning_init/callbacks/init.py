@@ -14,14 +14,10 @@ from rich.console import Console
 from lightning_init.callbacks import _lightning
 from lightning_init.checks import check_choice
 from lightning_init.initialization.initialize import carry_out
-from lightning_init.initialization.plan import MODULE_TYPE_UNKNOWN, make_plan
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.training_signs import signs_of_training
-from lightning_init.initialization.verify import all_gather_object
-from lightning_init.initialization.write import summon_fsdp1_parameters
-from lightning_init.schemes.distributions import Scheme
 from lightning_init.schemes.named import SchemeName
+from lightning_init.schemes.scheme import Scheme
 
 When = Literal["fresh", "always"]
 
@@ -80,21 +76,19 @@ class InitCallback(Callback):
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
         _lightning.move_ahead_of_finders(trainer, self)
-        _lightning.watch_for_meta(pl_module)
+        _lightning.start_meta_watch(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
-        end_meta_watch = _lightning.end_meta_watch(pl_module)
-        if self._when == "fresh":
-            if self._is_settled(pl_module) or _lightning.restores_weights_before_fit_start(trainer):
-                self._settle(pl_module)
-                return
-            if not end_meta_watch:
-                self._refuse_trained(pl_module)
-        if end_meta_watch:
-            self._refuse_unknown(pl_module)
-        self._last_seed = self._agreed_seed(trainer)
-        self.report = carry_out(pl_module, self._request, self._last_seed)
+        was_on_meta = _lightning.end_meta_watch(pl_module)
+        is_fresh_only = self._when == "fresh"
+        if is_fresh_only and (self._is_settled(pl_module) or _lightning.restores_weights_before_fit_start(trainer)):
+            self._settle(pl_module)
+            return
+        seed = self._agreed_seed(trainer)
+        keep_trained = is_fresh_only and not was_on_meta
+        self.report = carry_out(pl_module, self._request, seed, keep_trained=keep_trained, from_meta=was_on_meta)
+        self._last_seed = seed
         self._settle(pl_module)
         _lightning.refresh_averages(trainer, pl_module)
         self._announce(trainer, self.report)
@@ -130,34 +124,6 @@ class InitCallback(Callback):
         """Remember that this module has its weights; weakly, so that the module is not kept alive."""
         self._settled = weakref.ref(module)
 
-    def _refuse_trained(self, module: LightningModule) -> None:
-        """Raise on every rank if one of them finds signs of training in what it holds."""
-        with summon_fsdp1_parameters(module):
-            found = signs_of_training(make_plan(module, self._request), module)
-        signs = list(dict.fromkeys(sign for rank in all_gather_object(found) for sign in rank))
-        if not signs:
-            return
-        shown = "\n".join(f"  {sign}" for sign in signs[:5])
-        more = f"\n  … and {len(signs) - 5} more" if len(signs) > 5 else ""
-        raise ValueError(
-            f"the model shows signs of training, and new weights would destroy them:\n{shown}{more}\n"
-            f"To keep these weights: rules=[{_keep_rules(signs)}], or Rule('*', 'keep') if all others are "
-            "trained too. To initialise all the same: when='always'."
-        )
-
-    def _refuse_unknown(self, module: LightningModule) -> None:
-        """Raise where memory that never held a value would be trained."""
-        unknown = [
-            assignment for assignment in make_plan(module, self._request) if assignment.reason == MODULE_TYPE_UNKNOWN
-        ]
-        empty = [assignment for assignment in unknown if not hasattr(assignment.site.module, "reset_parameters")]
-        if empty:
-            raise ValueError(
-                f"{empty[0].name!r} comes from the meta device and holds uninitialised memory: its module type is "
-                f"not known and has no reset_parameters. Make it known: lightning_init.{empty[0].advice}, "
-                f"or give it a rule: Rule({empty[0].name!r}, Normal(std))"
-            )
-
     def _agreed_seed(self, trainer: Trainer) -> int:
         """The seed that was given, else seed_everything's, else a random one, the same on every rank."""
         if self._seed is not None:
@@ -177,13 +143,3 @@ class InitCallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("initialization", report.to_markdown(), 0)
-
-
-def _keep_rules(signs: list[str]) -> str:
-    """Rules to paste, one for each of the model's own attributes with a sign of training anywhere inside.
-
-    Not narrower: the layers beside the ones that show it were trained with them.
-    """
-    names = [sign.split(" ")[0] for sign in signs]
-    patterns = dict.fromkeys(name.partition(".")[0] + ".*" if "." in name else "*" for name in names)
-    return ", ".join(f"Rule({pattern!r}, 'keep')" for pattern in patterns)

@@ -1,4 +1,4 @@
-"""The ranks there are, one if there are none."""
+"""The ranks of this run, and the two ways in which they tell each other something; one rank where there is no group."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 Message = TypeVar("Message")
+
+
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    return world_size() > 1
 
 
 def world_size() -> int:

@@ -1,4 +1,10 @@
-"""Which elements of a whole parameter this process holds: all of a plain tensor, a part of a sharded one."""
+"""What this process holds of a tensor: all of a plain one, a shard of a DTensor.
+
+Two questions, with two ways to an answer. :class:`LocalShard` says where every local element of a parameter lies in the
+full one, for any placements; it asks DTensor itself to shard the indices, which costs a few small tensors and is done
+once per parameter. :class:`UnitShard` says which entries along one dimension are held; it is asked in hooks at every
+forward pass, where only arithmetic on sizes is cheap enough, and where shards are consecutive.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +19,31 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 @dataclass(frozen=True)
 class LocalShard:
-    """The local elements of one parameter, and where they lie in the whole one (flattened, row by row).
+    """The local elements of one parameter, and where they lie in the full one (flattened, row by row).
 
     Attributes:
         local: this process's tensor: shares memory with the parameter. Shape: [local sizes]
-        whole_shape: shape of the whole parameter.
+        full_shape: shape of the full parameter.
         offset: flat position of the first local element, where the local elements are consecutive.
         positions: else the flat position of each local element, in local order. Shape: [local.numel()]
         is_sharded: whether what is held differs from process to process, even if this one holds everything.
     """
 
     local: Tensor
-    whole_shape: torch.Size
+    full_shape: torch.Size
     offset: int = 0
     positions: Tensor | None = None
     is_sharded: bool = False
 
-    def take(self, whole: Tensor) -> Tensor:
-        """This process's elements of a whole parameter's values, in local order. Shape: [local.numel()]"""
-        flat = whole.reshape(-1)
+    def take(self, full: Tensor) -> Tensor:
+        """This process's elements of a full parameter's values, in local order. Shape: [local.numel()]"""
+        flat = full.reshape(-1)
         if self.positions is not None:
             return flat[self.positions]
         return flat[self.offset : self.offset + self.local.numel()]
 
     def overlap(self, first: int, stop: int) -> tuple[slice, Tensor | slice] | None:
-        """Where the whole parameter's flat elements ``first`` to ``stop`` lie here; None if none of them is held.
+        """Where the full parameter's flat elements ``first`` to ``stop`` lie here; None if none of them is held.
 
         Returns:
             The local flat range, and which of the elements ``first`` to ``stop`` go there.
@@ -55,7 +61,7 @@ class LocalShard:
 
 
 def local_shard_of(tensor: Tensor) -> LocalShard:
-    """The window of a plain tensor or a DTensor with any number of Shard and Replicate placements.
+    """The shard of a plain tensor, which is all of it, or of a DTensor with any Shard and Replicate placements.
 
     Raises:
         ValueError: a DTensor with partial sums, or one whose shard is not in ascending order.
@@ -83,8 +89,8 @@ def _held_indices(tensor: DTensor, dim: int) -> Tensor:
     two-dimensional meshes and strided shards included.
     """
     placements = [_along(placement, dim) for placement in tensor.placements]
-    whole = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
-    return distribute_tensor(whole, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
+    indices = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
+    return distribute_tensor(indices, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
 
 
 def _along(placement: Placement, dim: int) -> Placement:
@@ -96,7 +102,7 @@ def _along(placement: Placement, dim: int) -> Placement:
 
 
 def _flat_positions(indices: list[Tensor], shape: torch.Size) -> Tensor:
-    """Flat position in the whole parameter of each local element. Shape: [product of the local sizes]"""
+    """Flat position in the full parameter of each local element. Shape: [product of the local sizes]"""
     positions = torch.zeros((), dtype=torch.int64)
     for held, size in zip(indices, shape, strict=True):
         positions = positions.unsqueeze(-1) * size + held
@@ -114,7 +120,7 @@ class UnitShard(NamedTuple):
     total: int
 
 
-def local_part(tensor: Tensor) -> Tensor | None:
+def local_numbers(tensor: Tensor) -> Tensor | None:
     """This rank's numbers; a plain tensor as it is; None for a sum that ranks have not made yet.
 
     Such numbers exist nowhere, and making them would be a collective inside a hook, where nobody may wait.
@@ -125,7 +131,7 @@ def local_part(tensor: Tensor) -> Tensor | None:
 
 
 def unit_shard_of(tensor: DTensor, dim: int) -> UnitShard:
-    """Which entries along ``dim`` this rank holds.
+    """Which entries along ``dim`` this rank holds; no communication.
 
     The function behind it is private, and the only one that knows every placement, strided shards included.
     """
@@ -141,7 +147,7 @@ def unit_shard_from_weights(module: nn.Module, units: int) -> UnitShard | None:
     for parameter in module.parameters(recurse=False):
         if isinstance(parameter, DTensor):
             for dim, size in enumerate(parameter.shape):
-                share = unit_shard_of(parameter, dim)
-                if size == units and share.held < size:
-                    return share
+                shard = unit_shard_of(parameter, dim)
+                if size == units and shard.held < size:
+                    return shard
     return None

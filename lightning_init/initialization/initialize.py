@@ -1,24 +1,31 @@
-"""The straight line from a model and a scheme to new weights and their report; works on any ``nn.Module``."""
+"""The straight line from a model and a scheme to new weights and their report: plan, guard, draw, write, compare."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import NamedTuple, TypeVar
 
-import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_init.checks import check_integer
-from lightning_init.initialization.draw import GENERIC_ROLE, Measured, matrix_of, stride_gain
+from lightning_init.findings import Finding
+from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
+from lightning_init.initialization.guard import refuse_meta, refuse_trained, refuse_uninitialised
 from lightning_init.initialization.plan import Assignment, make_plan
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.verify import agree
+from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
-from lightning_init.schemes.distributions import Scheme
-from lightning_init.schemes.structured import StructuredScheme
+from lightning_init.schemes.scheme import Scheme
+
+_Result = TypeVar("_Result")
+_NOTHING: list[Measured] = []
 
 ROUNDING = 1e-4
 """Relative difference of a std that storing values in 16 bits explains."""
@@ -80,34 +87,62 @@ def plan(
     return make_plan(model, Request.of(scheme, rules, activation, bias))
 
 
-def carry_out(model: nn.Module, request: Request, seed: int) -> InitReport:
-    """Plan, draw, write, compare between ranks, report."""
+def carry_out(
+    model: nn.Module, request: Request, seed: int, *, keep_trained: bool = False, from_meta: bool = False
+) -> InitReport:
+    """Plan, guard, draw and write, compare between ranks, report.
+
+    Args:
+        model: as for :func:`initialize`.
+        request: scheme, rules, gain and bias.
+        seed: any integer.
+        keep_trained: refuse a model that shows signs of training.
+        from_meta: the model was on the meta device; refuse to leave its uninitialised memory as it is.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
+    """
     check_integer("seed", seed)
-    assignments: list[Assignment] = []
-    measured: list[Measured] = []
-    failure: Exception | None = None
+    prepare = functools.partial(_prepare, model, request, seed, keep_trained, from_meta)
     with summon_fsdp1_parameters(model):
-        try:
-            assignments = make_plan(model, request)
-            _refuse_meta(assignments)
-            measured = write_all(assignments, seed)
-        except Exception as error:  # raised below, once every rank knows: nobody waits for a rank that has left
-            failure = error
-        totals = agree([assignment.name for assignment in assignments], measured, failure)
-        entries = tuple(map(_entry, assignments, totals))
+        prepared, failure = _attempt(prepare, _Prepared([], [], []))
+        refuse_trained(chain(*gather_or_raise(prepared.signs, failure)))
+        measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
+        totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
+        drawn = {
+            task.assignment.name: (task.expected(), total) for task, total in zip(prepared.tasks, totals, strict=True)
+        }
+        entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
     return InitReport(request.text, seed, entries)
 
 
-def _refuse_meta(assignments: Sequence[Assignment]) -> None:
-    on_meta = [assignment.name for assignment in assignments if assignment.site.parameter.is_meta]
-    if on_meta:
-        raise ValueError(
-            f"{len(on_meta)} parameters are on the meta device and hold no memory (the first: {on_meta[0]!r}): "
-            "call model.to_empty(device=...) first, then initialise"
-        )
+class _Prepared(NamedTuple):
+    """What is known before anything is written."""
+
+    plan: list[Assignment]
+    tasks: list[DrawTask]
+    signs: list[Finding]
 
 
-def _entry(assignment: Assignment, measured: Measured) -> Entry:
+def _prepare(model: nn.Module, request: Request, seed: int, keep_trained: bool, from_meta: bool) -> _Prepared:
+    """The plan, refused where it could not be carried out; its tasks; and signs of training among their parameters."""
+    assignments = make_plan(model, request)
+    refuse_meta(assignments)
+    if from_meta:
+        refuse_uninitialised(assignments)
+    tasks = make_tasks(assignments, seed)
+    return _Prepared(assignments, tasks, signs_of_training(tasks, model) if keep_trained else [])
+
+
+def _attempt(step: Callable[[], _Result], otherwise: _Result) -> tuple[_Result, Exception | None]:
+    """The result of a step, or what it raised: the other ranks are told first, so that none waits for one that left."""
+    try:
+        return step(), None
+    except Exception as error:
+        return otherwise, error
+
+
+def _entry(assignment: Assignment, expected: Expected | None, measured: Measured | None) -> Entry:
     """The report's line on one parameter."""
     parameter = assignment.site.parameter
     entry = Entry(
@@ -117,40 +152,18 @@ def _entry(assignment: Assignment, measured: Measured) -> Entry:
         dtype=str(parameter.dtype).removeprefix("torch."),
         decided_by=assignment.decided_by,
         fans=assignment.fans,
+        left=assignment.left,
         reason=assignment.reason,
         advice=assignment.advice,
     )
-    if not assignment.is_drawn:
+    if expected is None or measured is None:
         return entry
-    target, tolerance = _target(assignment, measured)
+    tolerance = (SIGMAS * expected.sampling + ROUNDING) * expected.std + expected.rounding
     return dataclasses.replace(
         entry,
         scheme=assignment.scheme,
         gain=assignment.gain if assignment.fans else None,
-        target_std=target,
+        target_std=expected.std,
         measured_std=measured.std,
-        tolerance=tolerance,
+        tolerance=math.inf if measured.is_transformed else tolerance,
     )
-
-
-def _target(assignment: Assignment, measured: Measured) -> tuple[float, float]:
-    """Target std over all slices, and how far the measured one may be off by sampling and rounding."""
-    site = assignment.site
-    count, shape = site.current.numel(), tuple(site.current.shape)
-    chunk = (shape[0] // len(assignment.initializers), *shape[1:]) if shape else ()
-    variance, rounding, error = 0.0, 0.0, 0.0
-    eps = torch.finfo(site.parameter.dtype).eps
-    for values in assignment.initializers:
-        if isinstance(values, StructuredScheme):
-            matrix = matrix_of(chunk, assignment.role or GENERIC_ROLE, site.parameter.is_complex())
-            gain = assignment.gain * stride_gain(matrix, assignment.role or GENERIC_ROLE)
-            std, relative = values.target_rms(matrix, gain), values.sampling_error(matrix)
-            rounding = max(rounding, std * eps)  # equal elements are all rounded the same way
-        else:
-            std, relative = values.target_std, values.sampling_error(count)
-            rounding = max(rounding, abs(values.target_mean) * eps)
-        variance += std**2 / len(assignment.initializers)
-        error = max(error, relative)
-    target = math.sqrt(variance)
-    tolerance = math.inf if measured.is_transformed else (SIGMAS * error + ROUNDING) * target + rounding
-    return target, tolerance

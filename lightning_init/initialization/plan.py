@@ -10,16 +10,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _OrthMaps
 
+from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
 from lightning_init.introspect.sites import ParameterSite, parameter_sites, parametrizations_of, type_name
-from lightning_init.schemes.distributions import Constant, Distribution, Normal, Scheme
+from lightning_init.schemes.distributions import Constant, Normal
 from lightning_init.schemes.fans import Fans
-from lightning_init.schemes.named import FanScheme, TorchDefault, name_of, scheme_of
-from lightning_init.schemes.structured import StructuredScheme
-
-MODULE_TYPE_UNKNOWN = "module type unknown"
+from lightning_init.schemes.named import name_of, scheme_of
+from lightning_init.schemes.scheme import Initializer, Scheme
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,23 @@ class Assignment:
         site: where it lives; ``site.stored_fqn`` is its full name.
         module_type: class name of its owner.
         decided_by: what decided: ``scheme``, ``bias``, ``norm``, ``embedding``, ``tied head``, a rule's pattern …
-        initializers: per slice what it is filled with, a distribution or a structured scheme; () where left alone.
-        scheme: how the values are called, such as ``he_normal``; "" where it is left alone.
-        gain: the gain that went into the values.
+        initializers: what each slice is filled with, a distribution or a structured scheme; () where left alone.
+        scheme: what the initializers are called, such as ``he_normal``; "" where it is left alone.
+        gain: the gain that went into the initializers.
         role: what the parameter is to its module; None for a module type that is not known.
-        reason: why it is left alone; "" where it is drawn.
+        left: the kind of reason for which it is left alone; None where it is drawn.
+        reason: the same in words, with the names it speaks of; "" where it is drawn.
         advice: the line to paste where the module type is not known.
     """
 
     site: ParameterSite
     module_type: str
     decided_by: str
-    initializers: tuple[Distribution | StructuredScheme, ...] = ()
+    initializers: tuple[Initializer, ...] = ()
     scheme: str = ""
     gain: float = 1.0
     role: Role | None = None
+    left: Reason | None = None
     reason: str = ""
     advice: str = ""
 
@@ -98,17 +99,27 @@ def _assign(
         *(name for other in (*aliases, *originals) for name in (other.stored_fqn, other.forward_fqn))
     )
     kind = type_name(site.module)
-    reason = _reason_to_leave(site, aliases, originals, role, rule)
-    if reason:
-        advice = _registration(site) if reason == MODULE_TYPE_UNKNOWN else ""
-        return Assignment(site, kind, rule.pattern if rule else "", role=role, reason=reason, advice=advice)
-    scheme, why, gain = _choose(site, aliases, role, rule, request)
-    values, text = _values(scheme, role, gain, site), name_of(scheme) + _through(site)
-    if role is not None and role.bias_values and why == "bias" and scheme == Constant(0.0) and request.bias is None:
+    why_left = _why_left(site, aliases, originals, role, rule)
+    if why_left is not None:
+        left, reason = why_left
+        advice = _registration(site) if left is Reason.TYPE_UNKNOWN else ""
+        pattern = rule.pattern if rule else ""
+        return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
+    scheme, decided_by, gain = _choose(site, aliases, role, rule, request)
+    initializer = scheme.resolve(role, gain)
+    if not isinstance(initializer, Initializer):
+        raise TypeError(
+            f"{name_of(scheme)} gives {initializer!r} for {site.stored_fqn!r}, which is no Distribution and no "
+            "StructuredScheme"
+        )
+    initializers = (initializer,) * (len(role.slices) if role else 1)
+    text = name_of(scheme) + _through(site)
+    starts_at_zero = decided_by == "bias" and scheme == Constant(0.0) and request.bias is None
+    if role is not None and role.bias_values and starts_at_zero:  # but for the forget gate of an LSTM
         own = dict(zip(role.slices, role.bias_values, strict=True))
-        values = tuple(map(Constant, own.values()))
+        initializers = tuple(map(Constant, own.values()))
         text += "".join(f", {name} {value:g}" for name, value in own.items() if value)
-    return Assignment(site, kind, why, values, text, gain, role)
+    return Assignment(site, kind, decided_by, initializers, text, gain, role)
 
 
 def _through(site: ParameterSite) -> str:
@@ -117,39 +128,52 @@ def _through(site: ParameterSite) -> str:
     return "".join(f" through {type(step).__name__.lstrip('_')}" for step in steps)
 
 
-def _reason_to_leave(
+def _why_left(
     site: ParameterSite,
     aliases: list[ParameterSite],
     originals: list[ParameterSite],
     role: Role | None,
     rule: Rule | None,
-) -> str:
-    """Why nothing is drawn into this parameter; "" if it is drawn."""
-    owner = min(aliases, key=lambda alias: alias.forward_fqn)  # by name: registration order must not change the weights
+) -> tuple[Reason, str] | None:
+    """Why nothing is drawn into this parameter, as a kind and in words; None if it is drawn."""
     parameter = site.parameter
     if is_lazy(parameter):
-        return "uninitialised: a lazy module gets its shape from its first batch; run one before fit"
+        return (
+            Reason.UNINITIALISED,
+            "uninitialised: a lazy module gets its shape from its first batch; run one before fit",
+        )
     if not (parameter.is_floating_point() or parameter.is_complex()):
-        return f"integer ({parameter.dtype})"
+        return Reason.INTEGER, f"integer ({parameter.dtype})"
     if parameter.numel() == 0:
-        return "no elements"
+        return Reason.NO_ELEMENTS, "no elements"
     if rule is not None and rule.keeps:
-        return "kept by rule"
-    if site is not owner:
-        return f"tied to {owner.forward_fqn}"
-    frozen = next((original for original in (site, *originals) if not original.parameter.requires_grad), None)
-    if frozen is not None:
-        return "frozen" if frozen is site else f"frozen together with {frozen.stored_fqn}"
-    if originals[0] is not site:
-        return f"written together with {originals[0].stored_fqn}"
-    if (role is None or role.kind == "keep") and not (rule is not None and rule.is_literal and _is_complete(rule)):
-        return MODULE_TYPE_UNKNOWN if role is None else f"kept: {role.why}"
+        return Reason.RULE_KEEPS, "kept by rule"
+    decided_elsewhere = _why_left_to_another(site, aliases, originals)
+    if decided_elsewhere is not None:
+        return decided_elsewhere
+    if not (rule is not None and rule.is_literal and scheme_of(rule.scheme).fills == "any parameter"):
+        if role is None:
+            return Reason.TYPE_UNKNOWN, "module type unknown"
+        if role.kind == "keep":
+            return Reason.ROLE_KEEPS, f"kept: {role.why}"
     return _why_not_through(site)
 
 
-def _is_complete(rule: Rule) -> bool:
-    """Whether a rule says everything, so that it also serves a module type that is not known."""
-    return isinstance(scheme_of(rule.scheme), Distribution)
+def _why_left_to_another(
+    site: ParameterSite, aliases: list[ParameterSite], originals: list[ParameterSite]
+) -> tuple[Reason, str] | None:
+    """Whether another name of this parameter, or another original of the same attribute, decides about it."""
+    owner = min(aliases, key=lambda alias: alias.forward_fqn)  # by name: registration order must not change the weights
+    if site is not owner:
+        return Reason.TIED, f"tied to {owner.forward_fqn}"
+    frozen = next((original for original in (site, *originals) if not original.parameter.requires_grad), None)
+    if frozen is site:
+        return Reason.FROZEN, "frozen"
+    if frozen is not None:
+        return Reason.FROZEN_TOGETHER, f"frozen together with {frozen.stored_fqn}"
+    if originals[0] is not site:
+        return Reason.WRITTEN_TOGETHER, f"written together with {originals[0].stored_fqn}"
+    return None
 
 
 def _registration(site: ParameterSite) -> str:
@@ -157,17 +181,15 @@ def _registration(site: ParameterSite) -> str:
     return f"register({type_name(site.module)}, {site.attribute!r}, Fans(fan_in, fan_out))"
 
 
-def _why_not_through(site: ParameterSite) -> str:
-    """ "" if a parametrized attribute can be written, else what its parametrization lacks."""
+def _why_not_through(site: ParameterSite) -> tuple[Reason, str] | None:
+    """What a parametrization lacks to be written through; None if it can be, or if there is none."""
     parametrizations = parametrizations_of(site) if site.storage == "parametrization" else None
-    if parametrizations is None:
-        return ""
-    for step in parametrizations:
+    for step in parametrizations or ():
         # torch's orthogonal parametrization has a right_inverse that raises unless it keeps a base.
         is_one_way = getattr(step, "orthogonal_map", _OrthMaps.householder) != _OrthMaps.householder
         if not hasattr(step, "right_inverse") or (is_one_way and not hasattr(step, "base")):
-            return f"parametrized: {type(step).__name__} has no right_inverse"
-    return ""
+            return Reason.PARAMETRIZED, f"parametrized: {type(step).__name__} has no right_inverse"
+    return None
 
 
 def _role(site: ParameterSite, aliases: list[ParameterSite]) -> Role | None:
@@ -203,7 +225,7 @@ def _choose(
     gain = rule.gain if rule else request.gain
     gain = scheme.gain if gain is None else gain
     if rule is not None and rule.is_literal and (role is None or role.kind != "weight"):
-        if not isinstance(scheme, (Distribution, TorchDefault)):
+        if scheme.fills == "weights":
             assert role is not None  # what is unknown is left alone unless a distribution is given
             raise ValueError(
                 f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {site.stored_fqn!r}, but only weights have fans "
@@ -212,7 +234,7 @@ def _choose(
         return scheme, rule.pattern, gain
     assert role is not None
     if role.kind == "weight":
-        if rule is None and _is_tied_head(aliases) and not isinstance(scheme, TorchDefault):
+        if rule is None and _is_tied_head(aliases) and scheme.fills != "known parameters":
             assert role.fans is not None
             return Normal(role.fans.fan_in**-0.5), "tied head", 1.0
         return scheme, rule.pattern if rule else "scheme", gain
@@ -225,17 +247,4 @@ def _bias(scheme: Scheme, bias: float | None) -> Scheme:
     """The bias the user gave, else the scheme's own: PyTorch's for torch_default, 0 for all others."""
     if bias is not None:
         return Constant(bias)
-    return scheme if isinstance(scheme, TorchDefault) else Constant(0.0)
-
-
-def _values(
-    scheme: Scheme, role: Role | None, gain: float, site: ParameterSite
-) -> tuple[Distribution | StructuredScheme, ...]:
-    """What each slice is filled with."""
-    if role is not None and isinstance(scheme, TorchDefault):
-        return (role.default,) * len(role.slices)
-    if isinstance(scheme, (Distribution, StructuredScheme)):
-        return (scheme,) * (len(role.slices) if role else 1)
-    if isinstance(scheme, FanScheme) and role is not None and role.fans is not None:
-        return (scheme.resolve(role.fans, gain),) * len(role.slices)
-    raise TypeError(f"{name_of(scheme)} of {site.stored_fqn!r} is no Distribution, FanScheme or StructuredScheme")
+    return scheme if scheme.fills == "known parameters" else Constant(0.0)

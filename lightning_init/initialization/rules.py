@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from lightning_init.checks import check_choice, check_finite, check_positive
-from lightning_init.schemes.distributions import Scheme
+from lightning_init.checks import check_choice, check_finite, check_positive, nearest_names
 from lightning_init.schemes.gains import gain_of
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
+from lightning_init.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Rule:
     """Parameters whose full name matches a glob get a scheme of their own; the first rule that matches wins.
 
     A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is taken literally. One whose last
-    part is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
+    step is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
     they get without a rule.
 
     Args:
@@ -39,8 +38,11 @@ class Rule:
     gain: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
-            raise TypeError(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {self.pattern!r}")
+        if not isinstance(self.pattern, str):
+            given = f"{self.pattern!r} of type {type(self.pattern).__name__}"
+            raise TypeError(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {given}")
+        if not self.pattern:
+            raise ValueError("Rule(pattern) is empty; it is a glob on parameter names such as 'encoder.*'")
         if isinstance(self.scheme, str):
             check_choice("Rule(scheme)", self.scheme, ["keep", *SCHEMES])
         if self.scheme == "keep":
@@ -108,7 +110,7 @@ class Request:
         """Raise ValueError, naming the nearest parameter, if a rule matches none of the names."""
         for rule in self.rules:
             if not any(rule.matches(name) for name in names):
-                near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.0)
+                near = nearest_names(rule.pattern, names, at_most=3, however_far=True)
                 raise ValueError(
                     f"rule {rule.pattern!r} matches none of the model's {len(names)} parameters; "
                     f"nearest names: {', '.join(near) or 'none'}"

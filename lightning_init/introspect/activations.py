@@ -1,4 +1,4 @@
-"""Is this module an activation? Asked of the module itself, so that other libraries' classes are found too."""
+"""Is this module an activation? Asked of a copy of the module, so that other libraries' classes are found too."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_init.sandbox import is_elementwise, sandbox
+from lightning_init.sandbox import copy_of, is_elementwise, undisturbed
 
 _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
+"""Both sides of 0, far enough to the left that a GELU is 0 in float32 and near enough that a SiLU is not."""
+
 _FAR = (-1e4, -1e3, 1e3, 1e4)
-_MAX_STATE = 1 << 16
+"""Where what saturates has settled."""
+
+_MOST_STATE = 1 << 16
 """Elements of an activation's buffers: what holds more is a memory bank, too large to be copied."""
 
 
@@ -40,31 +44,25 @@ def activation_of(module: nn.Module) -> ActivationTraits | None:
     """What kind of activation ``module`` is; None if it is none.
 
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
-    identity. A copy of the module is called with seven numbers together and with each alone: what normalises,
+    identity. A copy of the module is asked with seven numbers, together and in other company: what normalises,
     pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout.
-    Nothing is changed by it: no hook is called, and the global random states stay as they were.
-
-    >>> activation_of(nn.Tanh()), activation_of(nn.Dropout())
-    (ActivationTraits(rectifies=False, low=-1.0, high=1.0), None)
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
-    if sum(buffer.numel() for buffer in module.buffers()) > _MAX_STATE:
+    if sum(buffer.numel() for buffer in module.buffers()) > _MOST_STATE:
         return None
     probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
-    alone = list(torch.arange(len(_PROBE), device="cpu").unsqueeze(1))  # each [1]
-    try:
-        with sandbox(module) as copied, torch.no_grad():
-            together = copied.forward(probe.clone())
-            # 1e-4: vectorized code for seven numbers and plain code for one may round differently.
-            if not is_elementwise(copied.forward, probe, together, groups=alone, rtol=1e-4):
+    with undisturbed(), torch.no_grad():
+        try:
+            forward = copy_of(module).forward
+            if not is_elementwise(forward, probe, rtol=1e-4):  # float32, vectorised or not
                 return None
-            ends = copied.forward(far)
-    except Exception:  # it cannot be copied, or takes something else than one tensor of any shape
+            results, ends = forward(probe.clone()), forward(far)
+        except Exception:  # it takes something else than one tensor of any shape
+            return None
+    if torch.equal(results.float(), probe):
         return None
-    if torch.equal(together.float(), probe):
-        return None
-    negative, positive = together[probe < 0], together[probe > 0]
+    negative, positive = results[probe < 0], results[probe > 0]
     return ActivationTraits(bool((negative == 0).all() and (positive > 0).all()), *_limits(ends.tolist()))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.introspect.role import Role
-from lightning_init.sandbox import sandbox
+from lightning_init.sandbox import copy_of, undisturbed
 from lightning_init.schemes.distributions import Constant
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
@@ -25,7 +25,7 @@ def norm_role(module: nn.Module, attribute: str) -> Role:
 
 def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
     """Whether this is the 1-D ``weight`` or ``bias`` of a class that calls itself a norm."""
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     return (
         attribute in ("weight", "bias")
         and parameter is not None
@@ -35,12 +35,12 @@ def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
 
 
 def batches_tracked(module: nn.Module) -> int:
-    """How many batches a batch norm has seen in training mode; 0 for any other module, and on the meta device.
+    """How many batches a batch norm has had in training mode; 0 for any other module, and on the meta device.
 
     >>> batches_tracked(nn.BatchNorm1d(3)), batches_tracked(nn.Linear(3, 3))
     (0, 0)
     """
-    count = module._buffers.get("num_batches_tracked")
+    count = dict(module.named_buffers(recurse=False)).get("num_batches_tracked")
     return 0 if count is None or count.is_meta else int(count)
 
 
@@ -50,8 +50,8 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
     The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
     """
     forward = type(module).forward
-    scale = module._parameters.get(attribute)
-    if scale is None or forward.__module__.startswith("torch.nn.") or module._modules:
+    scale = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
+    if scale is None or forward.__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
         return False
     rows = torch.linspace(-1.0, 2.0, 2 * scale.numel(), device="cpu").view(2, -1)  # [batch, units]
     for example in (rows, rows[:, :, None, None].expand(-1, -1, 2, 2)):  # channels last, channels first
@@ -62,19 +62,20 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
 
 
 def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
-    """What ``forward`` returns if all tensors of the module are zero; None if it raises.
+    """``forward`` of a copy with zeros for its tensors; None if it raises.
 
-    If ``forward`` requires more arguments than one, such as a gate, the example is given for each of them.
+    A gate, or whatever else ``forward`` insists on, is the example too.
     """
-    try:
-        with sandbox(module, zeros=True) as copied, torch.no_grad():
+    with undisturbed(), torch.no_grad():
+        try:
+            forward = copy_of(module, zeros=True).forward
             required = [
                 parameter
-                for parameter in inspect.signature(copied.forward).parameters.values()
+                for parameter in inspect.signature(forward).parameters.values()
                 if parameter.default is parameter.empty
                 and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
             ]
-            output = copied.forward(*[example] * len(required))
-    except Exception:  # any code may stand here, and without an answer the scale is an ordinary one
-        return None
+            output = forward(*[example] * len(required))
+        except Exception:  # any code may stand here
+            return None
     return output if isinstance(output, Tensor) else None

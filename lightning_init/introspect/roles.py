@@ -1,8 +1,4 @@
-"""Which role and which fans a parameter has: the one registry that all of them are read from, and users' own added to.
-
-It starts with the entries of ``torch_roles``. Nothing outside of ``introspect`` asks for the type of a module to find
-out what its parameters are.
-"""
+"""From a module and a parameter's name to its role and its fans: what is registered, and what a name gives away."""
 
 from __future__ import annotations
 
@@ -35,18 +31,13 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
-    and parametrized ones included. What no class knows may still be a norm by its shape and name.
-
-    Args:
-        module: the owner of the parameter.
-        attribute: the parameter's name there.
-        ancestors: the modules around ``module``, outermost first, each with the parameter's name as seen from there;
-            what is registered for the parameters inside them comes first.
+    and parametrized ones included. What no class knows may still be a norm by its shape and name. What
+    ``ancestors`` say about their inner ones comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')
     """
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     if parameter is not None and is_lazy(parameter):
         return None
     for owner, name in (*ancestors, (module, attribute)):

@@ -1,4 +1,4 @@
-"""The role of every parameter of torch's own modules, with what their ``reset_parameters`` draws; some of transformers.
+"""The role of every parameter of torch's own modules, with what their ``reset_parameters`` draws.
 
 Everything is read from the module's attributes, never from a parameter's local shape: parameters may be
 shards, flat, parametrized or on meta.
@@ -72,19 +72,15 @@ def _conv_transpose(module: Any, attribute: str) -> Role:
     return Role("weight", default, conv_transpose_fans(*shape), groups=module.groups, transposed=True)
 
 
-def other_bias_draws(module: nn.Module) -> tuple[Uniform, ...]:
-    """What authors draw a bias of this module from, other than its role's ``default``; nothing for most modules.
+def other_bias_draws(module: nn.Module) -> list[Uniform]:
+    """What else than the module itself authors usually draw its bias from.
 
-    Torch takes the output channels of a transposed convolution for its fan_in, in the bound of its bias too. Authors
-    who compute U(±1/√fan_in) themselves divide by the input channels.
-
-    >>> [draw.high for draw in other_bias_draws(nn.ConvTranspose1d(4, 6, 4))]
-    [0.25]
+    A transposed convolution's by its true fan_in: torch divides by the outputs there.
     """
     if not isinstance(module, _ConvTransposeNd):
-        return ()
-    draw = torch_uniform(module.in_channels // module.groups * math.prod(module.kernel_size))
-    return (draw,) if isinstance(draw, Uniform) else ()
+        return []
+    bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
+    return [Uniform(-bound, bound)]
 
 
 def _attention_weight(module: Any, attribute: str) -> Role:

@@ -1,11 +1,8 @@
-"""How many units a module of each type computes side by side, and in which dimension of its output they usually are.
-
-Units are the features of a linear layer, the channels of a convolution, the hidden states of a recurrent network.
-"""
+"""How many units a module computes, and in which dimension of its output: known from its type and its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,9 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class UnitRule(NamedTuple):
-    """What is known about a layer's units before its output is there.
-
-    A ``Conv2d(3, 16, 1)`` has ``UnitRule(units=16, dim=-3)``: 16 channels, in front of height and width.
+    """What is known about a layer's units before its output is seen.
 
     Attributes:
         units: how many there should be; None if nothing tells.
@@ -27,48 +22,48 @@ class UnitRule(NamedTuple):
     dim: int = -1
 
 
+def _conv(module: Any) -> UnitRule:
+    return UnitRule(module.out_channels, -1 - len(module.kernel_size))
+
+
+def _prelu(module: Any) -> UnitRule:
+    return UnitRule(module.num_parameters, 1) if module.num_parameters > 1 else UnitRule()
+
+
+def _rnn(module: Any) -> UnitRule:
+    return UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
+
+
+# In this order: an instance norm is a batch norm to torch.
+_RULES: tuple[tuple[type[nn.Module], Callable[[Any], UnitRule]], ...] = (
+    (_ConvNd, _conv),
+    (nn.InstanceNorm1d, lambda module: UnitRule(module.num_features, -2)),  # with or without a batch dimension
+    (nn.InstanceNorm2d, lambda module: UnitRule(module.num_features, -3)),
+    (nn.InstanceNorm3d, lambda module: UnitRule(module.num_features, -4)),
+    (_BatchNorm, lambda module: UnitRule(module.num_features, 1)),
+    (nn.GroupNorm, lambda module: UnitRule(module.num_channels, 1)),
+    (nn.PReLU, _prelu),
+    (nn.RNNBase, _rnn),
+    (nn.RNNCellBase, lambda module: UnitRule(module.hidden_size)),
+)
+
+
 def unit_rule(module: nn.Module) -> UnitRule:
-    """The number of units of ``module`` and their usual dimension, from its type, attributes and parameters.
+    """The rule that ``module``'s type and parameters give; without any (activations), the empty rule.
 
-    A module of an unknown type has as many units as its vectors (biases, scales) have elements, if all of them have
-    the same number. An activation, which has no parameters, gets the empty rule.
-
-    >>> unit_rule(nn.Conv2d(3, 16, 1)), unit_rule(nn.LSTM(3, 8, bidirectional=True)), unit_rule(nn.ReLU())
-    (UnitRule(units=16, dim=-3), UnitRule(units=16, dim=-1), UnitRule(units=None, dim=-1))
+    >>> unit_rule(nn.Conv2d(3, 16, 5)), unit_rule(nn.Linear(4, 8)), unit_rule(nn.ReLU())
+    (UnitRule(units=16, dim=-3), UnitRule(units=8, dim=-1), UnitRule(units=None, dim=-1))
     """
-    for module_type, rule_of in _RULES.items():
+    for module_type, rule in _RULES:
         if isinstance(module, module_type):
-            return rule_of(module)
-    for attribute in _ATTRIBUTES:
+            return rule(module)
+    for attribute in ("out_features", "embedding_dim", "embed_dim"):  # Linear, Bilinear, Embedding, attention
         if isinstance(units := getattr(module, attribute, None), int):
             return UnitRule(units)
     return UnitRule(_units_of_unknown(module))
 
 
-def _prelu(module: nn.PReLU) -> UnitRule:
-    # One slope for all units says nothing about their number.
-    return UnitRule(module.num_parameters, 1) if module.num_parameters > 1 else UnitRule()
-
-
-_RULES: Mapping[type[nn.Module], Callable[[Any], UnitRule]] = {
-    _ConvNd: lambda module: UnitRule(module.out_channels, -1 - len(module.kernel_size)),  # transposed ones too
-    # Counted from the back: they take inputs without a batch dimension, as convolutions do.
-    nn.InstanceNorm1d: lambda module: UnitRule(module.num_features, -2),
-    nn.InstanceNorm2d: lambda module: UnitRule(module.num_features, -3),
-    nn.InstanceNorm3d: lambda module: UnitRule(module.num_features, -4),
-    _BatchNorm: lambda module: UnitRule(module.num_features, 1),
-    nn.GroupNorm: lambda module: UnitRule(module.num_channels, 1),
-    nn.PReLU: _prelu,
-    nn.RNNBase: lambda module: UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional)),
-    nn.RNNCellBase: lambda module: UnitRule(module.hidden_size),
-}
-"""Module type to its rule; subclasses count, and the first entry that fits decides."""
-
-_ATTRIBUTES = ("out_features", "embedding_dim", "embed_dim")
-"""Where Linear and Bilinear, Embedding and EmbeddingBag, and attention keep the number; other libraries follow them."""
-
-
 def _units_of_unknown(module: nn.Module) -> int | None:
-    """Units of a module type that nobody described: the size that all its vectors share, if they do."""
+    """Units of a type that is not known: the size all its vectors share (biases, norms), if they do."""
     sizes = {parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 1}
     return sizes.pop() if len(sizes) == 1 else None

@@ -1,9 +1,8 @@
 """Which tensor of a module's output is recorded, which of its dimensions holds the units, and which units it has.
 
 Units are what a layer computes side by side: the features of a linear layer, the channels of a convolution. Statistics
-such as dead units are shares of them. How many units there should be follows from the layer's type and parameters
-(``introspect.unit_rules``); an activation has no parameters and takes over the units of the layer before it
-(:class:`UnitFinder`).
+such as dead units are shares of them. How many units there should be is known from the layer's parameters
+(``unit_rule``); an activation has none and takes over the units of the layer before it (:class:`UnitFinder`).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The elementwise distributions every scheme comes down to, and the interface all schemes share."""
+"""Distributions of single elements: constant, normal, uniform, truncated normal."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,27 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_init.checks import check_finite, check_positive
+from lightning_init.schemes.scheme import Fills, Initializer
 
 
-class Scheme(ABC):  # noqa: B024 (the three kinds below it have nothing to implement in common)
-    """A way to fill one weight. Every scheme is a frozen dataclass under this class.
-
-    A scheme is either a :class:`Distribution`, becomes one once the fans are known
-    (:class:`~lightning_init.schemes.named.FanScheme`), or builds a whole matrix
-    (:class:`~lightning_init.schemes.structured.StructuredScheme`).
-    """
-
-    takes_gain: ClassVar[bool] = False
-    """Whether ``activation`` and ``Rule(gain=...)`` mean something to this scheme."""
-
-    @property
-    def gain(self) -> float:
-        """The scheme's own gain, used when none is given."""
-        return 1.0
-
-
-class Distribution(Scheme):
+class Distribution(Initializer):
     """Independent, identically distributed elements with a known mean and standard deviation."""
+
+    fills: ClassVar[Fills] = "any parameter"
 
     @property
     @abstractmethod

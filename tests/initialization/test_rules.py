@@ -69,10 +69,14 @@ def test_rules_first_match_wins() -> None:
     [
         (
             lambda: Rule("", "zeros"),
-            TypeError,
-            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got ''",
+            ValueError,
+            "Rule(pattern) is empty; it is a glob on parameter names such as 'encoder.*'",
         ),
-        (lambda: Rule(3, "zeros"), TypeError, "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3"),
+        (
+            lambda: Rule(3, "zeros"),
+            TypeError,
+            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3 of type int",
+        ),
         (
             lambda: Rule("a", "keeep"),
             ValueError,

@@ -13,20 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, plan, register
-from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, register
 from lightning_init.introspect import roles
 from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
 from tests.support.models import DigitsModule, RowLSTM, conv_net, digits, mlp
 from tests.support.modules import Pretrained, loaded
+from tests.support.signs import signs
 from tests.support.training import fresh, trained, weights_at_start
 from tests.support.weights import assert_differ, assert_same, weights_of
 
 SEEDS = 10
-
-
-def signs(model: nn.Module, *rules: Rule) -> list[str]:
-    return signs_of_training(plan(model, rules=rules), model)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_init import InitCallback, Rule, initialize, plan
-from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init import InitCallback, Rule, initialize
 from tests.support.modules import Pretrained
+from tests.support.signs import signs
 from tests.support.training import weights_at_start
 from tests.support.transformer_models import MODELS, WIDTH, batch_for
 from tests.support.weights import assert_differ, assert_same, weights_of
@@ -159,12 +159,12 @@ def step_of(model: nn.Module) -> float:
 def test_transformers_signs_of_training(name: str) -> None:
     for seed in range(3):
         model = fresh(name, seed)
-        assert signs_of_training(plan(model), model) == []
+        assert signs(model) == []
         step_of(model)
-        assert signs_of_training(plan(model), model)
+        assert signs(model)
     initialize(model)
     model.zero_grad()
-    assert not [sign for sign in signs_of_training(plan(model), model) if "num_batches_tracked" not in sign]
+    assert not [sign for sign in signs(model) if "num_batches_tracked" not in sign]
 
 
 def test_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:

@@ -168,5 +168,5 @@ class Memory(nn.Module):
 
 def test_activation_of_copies_no_large_state(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activation_of(Memory()) is None
-    monkeypatch.setattr("lightning_init.introspect.activations._MAX_STATE", 1 << 18)
+    monkeypatch.setattr("lightning_init.introspect.activations._MOST_STATE", 1 << 18)
     assert activation_of(Memory()) is not None  # it was the size

@@ -149,9 +149,9 @@ def test_bilinear_default_grows_with_its_second_input() -> None:
 
 
 def test_other_bias_draws_of_transposed_convolutions_divide_by_the_inputs() -> None:
-    assert other_bias_draws(nn.ConvTranspose2d(8, 6, (3, 2), groups=2)) == (Uniform(-(24**-0.5), 24**-0.5),)
-    assert other_bias_draws(nn.Conv2d(8, 6, (3, 2), groups=2)) == ()
-    assert other_bias_draws(nn.Linear(8, 6)) == ()
+    assert other_bias_draws(nn.ConvTranspose2d(8, 6, (3, 2), groups=2)) == [Uniform(-(24**-0.5), 24**-0.5)]
+    assert other_bias_draws(nn.Conv2d(8, 6, (3, 2), groups=2)) == []
+    assert other_bias_draws(nn.Linear(8, 6)) == []
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")
