@@ -26,8 +26,9 @@ class ActivationTraits:
 
     Attributes:
         rectifies: every negative number becomes exactly 0 and positive ones stay positive (the ReLU family).
-        low: where it ends up far to the left; -inf if it goes on, or does not settle.
-        high: the same to the right.
+        low: the smaller of the two values that it settles at far from 0 (-1 for tanh); -inf if it does not settle
+            at both ends.
+        high: the larger of them; inf likewise.
     """
 
     rectifies: bool
@@ -44,8 +45,11 @@ def activation_of(module: nn.Module) -> ActivationTraits | None:
     """What kind of activation ``module`` is; None if it is none.
 
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
-    identity. A copy of the module is asked with seven numbers, together and in other company: what normalises,
-    pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout.
+    identity. A copy of the module is called with seven numbers together and with each of them alone: what
+    normalises, pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout.
+
+    >>> activation_of(nn.Tanh()), activation_of(nn.Dropout())
+    (ActivationTraits(rectifies=False, low=-1.0, high=1.0), None)
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
@@ -67,7 +71,7 @@ def activation_of(module: nn.Module) -> ActivationTraits | None:
 
 
 def _limits(ends: list[float]) -> tuple[float, float]:
-    """Values at both ends, if those at ±1e3 are the same within a hundredth of the range; else infinities."""
+    """The smaller and the larger value at ±1e4, if those at ±1e3 are within 1 % of their distance; else infinities."""
     low, lower, higher, high = ends
     settled = max(abs(low - lower), abs(high - higher)) <= abs(high - low) / 100
     return (min(low, high), max(low, high)) if settled and high != low else (-math.inf, math.inf)

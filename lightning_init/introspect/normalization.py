@@ -1,4 +1,4 @@
-"""Normalisation layers: which modules are one, and where their scale starts."""
+"""Normalisation layers: which modules are one, what their scale starts with, how many batches they have had."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ def batches_tracked(module: nn.Module) -> int:
 
 
 def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
-    """Whether a scale of 0 lets something through: Gemma's norm multiplies by 1 + scale.
+    """Whether the output is not 0 where the scale is: Gemma's norm multiplies by 1 + scale.
 
-    The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
+    ``forward`` of a copy tells, not the scale's present value: memory that ``to_empty`` hands out for a parameter on
+    the meta device is often all zeros. Torch's own norms, and modules with children, are taken for ordinary ones.
     """
     forward = type(module).forward
     scale = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
@@ -62,9 +63,9 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
 
 
 def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
-    """``forward`` of a copy with zeros for its tensors; None if it raises.
+    """What ``forward`` returns if all tensors of the module are zero; None if it raises.
 
-    A gate, or whatever else ``forward`` insists on, is the example too.
+    If ``forward`` requires more arguments than one, such as a gate, the example is given for each of them.
     """
     with undisturbed(), torch.no_grad():
         try:
@@ -76,6 +77,6 @@ def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
                 and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
             ]
             output = forward(*[example] * len(required))
-        except Exception:  # any code may stand here
+        except Exception:  # any code may stand here, and without an answer the scale is an ordinary one
             return None
     return output if isinstance(output, Tensor) else None

@@ -1,4 +1,8 @@
-"""From a module and a parameter's name to its role and its fans: what is registered, and what a name gives away."""
+"""From a module and a parameter's name to the parameter's role and fans: the registry of roles, and who reads it.
+
+The registry starts with the entries of ``torch_roles``; ``register`` adds a user's own. A parameter without an entry
+may still be a norm's, by the name of its module's class.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +35,14 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
-    and parametrized ones included. What no class knows may still be a norm by its shape and name. What
-    ``ancestors`` say about their inner ones comes first.
+    and parametrized ones included. A parameter without an entry may still be a norm by its shape and the
+    name of its module's class.
+
+    Args:
+        module: the owner of the parameter.
+        attribute: the parameter's name there.
+        ancestors: the modules around ``module``, outermost first, each with the parameter's name as seen from there
+            (``gate.bias``). What is registered for them under that name comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')

@@ -90,7 +90,11 @@ def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor
 
 
 def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[tuple[nn.Module, str], ...]:
-    """The modules on the way to an owner, without itself, each with the attribute's name as seen from there."""
+    """The modules on the way to an owner, outermost first, each with the attribute's name as seen from there.
+
+    For ``owner_path="encoder.0"`` and ``attribute="weight"``: the model with ``encoder.0.weight`` and its ``encoder``
+    with ``0.weight``; the owner itself is left out.
+    """
     steps = owner_path.split(".") if owner_path else []
     found = []
     module = model
@@ -101,7 +105,11 @@ def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[t
 
 
 def _behind(owner: nn.Module, attribute: str) -> tuple[str, Storage]:
-    """The attribute that the forward pass computes from a registered one by a pre-forward hook, if any."""
+    """The attribute that the forward pass reads, and how it comes from the registered one.
+
+    Pre-forward hooks compute ``weight`` from ``weight_g`` and ``weight_v`` (the older weight_norm) or ``weight_orig``
+    (pruning, the older spectral_norm). The name's ending alone means nothing: users have such names too.
+    """
     stem, _, ending = attribute.rpartition("_")
     if ending in ("g", "v") and weight_norm_of(owner, stem) is not None:
         return stem, "weight_norm"

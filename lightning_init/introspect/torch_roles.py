@@ -73,9 +73,13 @@ def _conv_transpose(module: Any, attribute: str) -> Role:
 
 
 def other_bias_draws(module: nn.Module) -> list[Uniform]:
-    """What else than the module itself authors usually draw its bias from.
+    """What authors draw a bias of this module from, other than its role's ``default``; nothing for most modules.
 
-    A transposed convolution's by its true fan_in: torch divides by the outputs there.
+    Torch takes the output channels of a transposed convolution for its fan_in, in the bound of its bias too. Authors
+    who compute U(±1/√fan_in) themselves divide by the input channels.
+
+    >>> [draw.high for draw in other_bias_draws(nn.ConvTranspose1d(4, 6, 4))]
+    [0.25]
     """
     if not isinstance(module, _ConvTransposeNd):
         return []

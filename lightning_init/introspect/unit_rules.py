@@ -1,4 +1,7 @@
-"""How many units a module computes, and in which dimension of its output: known from its type and its parameters."""
+"""How many units a module computes, and in which dimension of its output: known from its type and its parameters.
+
+Units are what is computed side by side: the features of a linear layer, the channels of a convolution.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class UnitRule(NamedTuple):
-    """What is known about a layer's units before its output is seen.
+    """What is known about a layer's units before it is called.
+
+    A ``Conv2d(3, 16, 1)`` has ``UnitRule(units=16, dim=-3)``: 16 channels, in front of height and width.
 
     Attributes:
         units: how many there should be; None if nothing tells.
@@ -27,6 +32,7 @@ def _conv(module: Any) -> UnitRule:
 
 
 def _prelu(module: Any) -> UnitRule:
+    # One slope for all units says nothing about their number.
     return UnitRule(module.num_parameters, 1) if module.num_parameters > 1 else UnitRule()
 
 
@@ -34,7 +40,6 @@ def _rnn(module: Any) -> UnitRule:
     return UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
 
 
-# In this order: an instance norm is a batch norm to torch.
 _RULES: tuple[tuple[type[nn.Module], Callable[[Any], UnitRule]], ...] = (
     (_ConvNd, _conv),
     (nn.InstanceNorm1d, lambda module: UnitRule(module.num_features, -2)),  # with or without a batch dimension
@@ -46,10 +51,14 @@ _RULES: tuple[tuple[type[nn.Module], Callable[[Any], UnitRule]], ...] = (
     (nn.RNNBase, _rnn),
     (nn.RNNCellBase, lambda module: UnitRule(module.hidden_size)),
 )
+"""Module type, subclasses included, to its rule; the first entry that fits decides."""
 
 
 def unit_rule(module: nn.Module) -> UnitRule:
-    """The rule that ``module``'s type and parameters give; without any (activations), the empty rule.
+    """The number of units of ``module`` and their usual dimension, from its type, attributes and parameters.
+
+    A module of an unknown type has as many units as its vectors (biases, scales) have elements, if all of them have
+    the same number. An activation, which has no parameters, gets the empty rule.
 
     >>> unit_rule(nn.Conv2d(3, 16, 5)), unit_rule(nn.Linear(4, 8)), unit_rule(nn.ReLU())
     (UnitRule(units=16, dim=-3), UnitRule(units=8, dim=-1), UnitRule(units=None, dim=-1))
@@ -64,6 +73,6 @@ def unit_rule(module: nn.Module) -> UnitRule:
 
 
 def _units_of_unknown(module: nn.Module) -> int | None:
-    """Units of a type that is not known: the size all its vectors share (biases, norms), if they do."""
+    """Units of a type that is not known: the size that all its vectors share, if they do."""
     sizes = {parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 1}
     return sizes.pop() if len(sizes) == 1 else None

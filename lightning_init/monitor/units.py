@@ -69,7 +69,7 @@ class _Units(NamedTuple):
     Attributes:
         dim: the dimension that holds them; None for a scalar.
         shard: which of all units this rank has.
-        rule: what follows for an activation that is called with this output.
+        rule: the rule for an activation that is called with this output.
     """
 
     dim: int | None

@@ -60,15 +60,19 @@ GATES: Mapping[str, Elementwise] = {
 def gain_of(activation: Activation, direction: Direction = "forward", *, input_variance: float = 1.0) -> float:
     """Factor by which weights behind ``activation`` must be larger to bring its output back to variance 1.
 
-    With z ~ N(0, q): forward 1/√E[f(z)²], backward 1/√E[f′(z)²]. For a gated unit f(a)·b with independent
-    a, b ~ N(0, q): forward 1/√(E[f(a)²]·E[b²]), the gain of the projection behind it; backward
-    1/√(E[f′(a)²]·E[b²] + E[f(a)²]), the gain of the two projections before it, whose input gradients add.
+    With z ~ N(0, v) for v = ``input_variance``: forward 1/√E[f(z)²], backward 1/√E[f′(z)²]. A ReLU halves the mean
+    square of what enters it, so its gain is √2. For a gated unit f(a)·b with independent a, b ~ N(0, v): forward
+    1/√(E[f(a)²]·E[b²]), the gain of the projection behind it; backward 1/√(E[f′(a)²]·E[b²] + E[f(a)²]), the gain of
+    the two projections before it, whose input gradients add.
 
     Args:
         activation: a name of ``ACTIVATIONS`` or ``GATES``, a module (evaluated on a float64 CPU copy in
             eval mode), or a function that maps a float64 tensor elementwise.
         direction: "forward" keeps the signal, "backward" its gradient.
-        input_variance: q, the variance of what enters the activation.
+        input_variance: v, the variance of what enters the activation.
+
+    Returns:
+        The gain, above 0. A linear layer keeps the variance with weights of std gain/√fan.
 
     Raises:
         ValueError: an unknown name or direction; not elementwise; a moment that is 0, infinite or NaN.
@@ -93,7 +97,7 @@ def gain_of(activation: Activation, direction: Direction = "forward", *, input_v
 
 @functools.lru_cache
 def _gain_of_name(name: str, direction: Direction, input_variance: float) -> float:
-    """A plan asks for the same few names once per parameter."""
+    """Cached: a plan needs the gain of the same few names once per parameter."""
     known = {**ACTIVATIONS, **GATES}
     if name not in known:
         raise ValueError(
@@ -104,7 +108,7 @@ def _gain_of_name(name: str, direction: Direction, input_variance: float) -> flo
 
 
 def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, input_variance: float) -> float:
-    """1/√ of the moment that ``direction`` is about."""
+    """1/√E[f(z)²] forward or 1/√E[f′(z)²] backward; with the formulas of :func:`gain_of` where f is ``gated``."""
     scale = math.sqrt(input_variance)
     with undisturbed(), torch.inference_mode(False), torch.enable_grad():
         function = _elementwise(activation)
@@ -146,7 +150,7 @@ def _elementwise(activation: nn.Module | Elementwise) -> Elementwise:
 
 
 def _values(function: Elementwise, z: Tensor) -> Tensor:
-    """f(z) as float64, with everything that is not an activation's answer turned into one clear error."""
+    """f(z) as float64; ValueError where ``function`` fails, or returns anything but one number for each of ``z``."""
     try:
         # A copy, because activations may work in place.
         output = function(z.clone())
@@ -172,7 +176,7 @@ def _derivatives(function: Elementwise, z: Tensor) -> Tensor:
 
 
 def _check_elementwise(function: Elementwise) -> None:
-    """Raise unless each element's answer is its own: the same in another company, at another place."""
+    """Raise ValueError unless each element's result is the same alone as among 63 others."""
     z = torch.linspace(-3.0, 2.5, 64, dtype=torch.float64, device="cpu")
     if not is_elementwise(functools.partial(_values, function), z):  # functions may work in float32 inside
         raise ValueError(
