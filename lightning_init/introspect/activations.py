@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_init.sandbox import copy_of, is_elementwise, undisturbed
+from lightning_init.sandbox import is_elementwise, sandbox
 
 _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
 """Both sides of 0, far enough to the left that a GELU is 0 in float32 and near enough that a SiLU is not."""
@@ -56,14 +56,13 @@ def activation_of(module: nn.Module) -> ActivationTraits | None:
     if sum(buffer.numel() for buffer in module.buffers()) > _MOST_STATE:
         return None
     probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
-    with undisturbed(), torch.no_grad():
-        try:
-            forward = copy_of(module).forward
-            if not is_elementwise(forward, probe, rtol=1e-4):  # float32, vectorised or not
+    try:
+        with sandbox(module) as copied, torch.no_grad():
+            if not is_elementwise(copied.forward, probe, rtol=1e-4):  # float32, vectorised or not
                 return None
-            results, ends = forward(probe.clone()), forward(far)
-        except Exception:  # it takes something else than one tensor of any shape
-            return None
+            results, ends = copied.forward(probe.clone()), copied.forward(far)
+    except Exception:  # it cannot be copied, or takes something else than one tensor of any shape
+        return None
     if torch.equal(results.float(), probe):
         return None
     negative, positive = results[probe < 0], results[probe > 0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.introspect.role import Role
-from lightning_init.sandbox import copy_of, undisturbed
+from lightning_init.sandbox import sandbox
 from lightning_init.schemes.distributions import Constant
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
@@ -67,16 +67,15 @@ def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
 
     If ``forward`` requires more arguments than one, such as a gate, the example is given for each of them.
     """
-    with undisturbed(), torch.no_grad():
-        try:
-            forward = copy_of(module, zeros=True).forward
+    try:
+        with sandbox(module, zeros=True) as copied, torch.no_grad():
             required = [
                 parameter
-                for parameter in inspect.signature(forward).parameters.values()
+                for parameter in inspect.signature(copied.forward).parameters.values()
                 if parameter.default is parameter.empty
                 and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
             ]
-            output = forward(*[example] * len(required))
-        except Exception:  # any code may stand here, and without an answer the scale is an ordinary one
-            return None
+            output = copied.forward(*[example] * len(required))
+    except Exception:  # any code may stand here, and without an answer the scale is an ordinary one
+        return None
     return output if isinstance(output, Tensor) else None

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_init.checks import check_choice, check_positive, did_you_mean
-from lightning_init.sandbox import copy_of, is_elementwise, undisturbed
+from lightning_init.sandbox import is_elementwise, random_states_kept, sandbox
 from lightning_init.schemes.quadrature import second_moment
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -110,8 +111,7 @@ def _gain_of_name(name: str, direction: Direction, input_variance: float) -> flo
 def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, input_variance: float) -> float:
     """1/√E[f(z)²] forward or 1/√E[f′(z)²] backward; with the formulas of :func:`gain_of` where f is ``gated``."""
     scale = math.sqrt(input_variance)
-    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
-        function = _elementwise(activation)
+    with torch.inference_mode(False), torch.enable_grad(), _as_function(activation) as function:
         _check_elementwise(function)
         if direction == "forward":
             moment = second_moment(lambda z: _values(function, scale * z))
@@ -131,22 +131,26 @@ def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction
     return 1 / math.sqrt(moment)
 
 
-def _elementwise(activation: nn.Module | Elementwise) -> Elementwise:
-    """A module's ``forward`` on a copy (no hooks, no dropout, no change to it); a function as it is."""
+@contextmanager
+def _as_function(activation: nn.Module | Elementwise) -> Iterator[Elementwise]:
+    """``forward`` of a module's copy in float64, without hooks or dropout; a function as it is."""
     if isinstance(activation, type):
         raise TypeError(f"activation must be an instance, not the class: {activation.__name__}()")
     if not isinstance(activation, nn.Module):
         if not callable(activation):
             raise TypeError(f"activation must be a name, a module or a function, got {activation!r}")
-        return activation
+        with random_states_kept():
+            yield activation
+        return
     if any(parameter.is_meta for parameter in activation.parameters()):
         raise ValueError(f"{type(activation).__name__} is on the meta device: its parameters have no values yet")
     if isinstance(activation, nn.PReLU):
         # Both moments of a mixture of slopes are those of one slope, their root mean square.
         slope = activation.weight.detach().double().square().mean().sqrt().item()
-        return functools.partial(F.leaky_relu, negative_slope=slope)
-    forward: Elementwise = copy_of(activation).to(torch.float64).forward
-    return forward
+        yield functools.partial(F.leaky_relu, negative_slope=slope)
+        return
+    with sandbox(activation, dtype=torch.float64) as copied:
+        yield copied.forward
 
 
 def _values(function: Elementwise, z: Tensor) -> Tensor:
@@ -176,9 +180,11 @@ def _derivatives(function: Elementwise, z: Tensor) -> Tensor:
 
 
 def _check_elementwise(function: Elementwise) -> None:
-    """Raise ValueError unless each element's result is the same alone as among 63 others."""
+    """Raise ValueError unless each element's result is the same with fewer neighbours, in the reverse order."""
     z = torch.linspace(-3.0, 2.5, 64, dtype=torch.float64, device="cpu")
-    if not is_elementwise(functools.partial(_values, function), z):  # functions may work in float32 inside
+    backwards = torch.arange(23, -1, -1, device="cpu")
+    # 1e-5, because functions may work in float32 inside.
+    if not is_elementwise(functools.partial(_values, function), z, groups=[backwards], rtol=1e-5):
         raise ValueError(
             "the activation is not elementwise (or is random): an element's output depends on its neighbours"
         )

@@ -137,7 +137,9 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
     },
     "sandbox.py": {
         "_hooks": "how the names of all of a module's dictionaries of hooks end",
-        "_modules": "the children of a copy that has none of the hooks",
+        "_parameters": "replaced by zeros that are no parameters, of whatever shape",
+        "_buffers": "the same",
+        "_version": "tells whether a tensor was changed in place since",
     },
     "show/event_file.py": {
         "_async_writer": "the way from a SummaryWriter to its file",
