@@ -17,6 +17,7 @@ from lightning_init.findings import Finding
 from lightning_init.initialization.draw import DrawTask
 from lightning_init.initialization.plan import Assignment
 from lightning_init.introspect.names import clean_name
+from lightning_init.introspect.normalization import batches_tracked
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.torch_roles import other_bias_draws
 from lightning_init.schemes.distributions import Constant, Uniform
@@ -92,9 +93,9 @@ def _is_still_constant(task: DrawTask) -> bool:
 
 def _batch_count(module: nn.Module, path: str) -> Iterator[str]:
     """A batch norm that has counted batches."""
-    count = dict(module.named_buffers(recurse=False)).get("num_batches_tracked")
-    if count is not None and not count.is_meta and int(count) > 0:
-        yield f"{path}{'.' if path else ''}num_batches_tracked is {int(count)}"
+    count = batches_tracked(module)
+    if count:
+        yield f"{path}{'.' if path else ''}num_batches_tracked is {count}"
 
 
 def _parameter_signs(task: DrawTask) -> Iterator[str]:
