@@ -11,7 +11,6 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,23 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_init.distributed.shards import UnitShard, local_numbers
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
-from lightning_init.monitor.statistics import STATISTICS, Measured, measures_of
+from lightning_init.monitor.record import LayerRecord
+from lightning_init.monitor.statistics import STATISTICS, measures_of
 from lightning_init.monitor.units import UnitFinder, first_floating
-
-
-@dataclass(slots=True)
-class LayerRecord:
-    """What was recorded of one layer since the collector was last drained.
-
-    Attributes:
-        outputs: moments of its outputs by number of units: a module that is called at two widths has two.
-        gradients: moments of d loss / d output, all elements together.
-        measured: by statistic, what else of its outputs was measured.
-    """
-
-    outputs: dict[int, Moments] = field(default_factory=dict)
-    gradients: Moments | None = None
-    measured: dict[str, Measured] = field(default_factory=dict)
 
 
 def always() -> bool:
