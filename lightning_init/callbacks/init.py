@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lightning_init.callbacks import _lightning
 from lightning_init.checks import check_choice
+from lightning_init.initialization.guard import Trained
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
@@ -36,7 +37,9 @@ class InitCallback(Callback):
         bias: one value for all biases; None: the scheme's own (0; PyTorch's for ``torch_default``; 1 for the
             LSTM's forget gate).
         seed: any integer; None: that of ``seed_everything``, else one drawn once and agreed by all ranks.
-        when: ``"fresh"``, or ``"always"``: at every fit, whatever the weights are.
+        when: ``"fresh"``: once for each module; ``"always"``: at every fit. Never over a restored checkpoint.
+        trained: what to do where weights show signs of training: ``"refuse"``: an error that names them; ``"keep"``:
+            those layers stay, and the rest, such as a new head, is drawn; ``"overwrite"``: everything is drawn.
 
     Attributes:
         report: what was done to every parameter; None before it happened.
@@ -55,8 +58,10 @@ class InitCallback(Callback):
         bias: float | None = None,
         seed: int | None = None,
         when: When = "fresh",
+        trained: Trained = "refuse",
     ) -> None:
         check_choice("when", when, get_args(When))
+        check_choice("trained", trained, get_args(Trained))
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise TypeError(f"seed is an integer or None, got {seed!r} of type {type(seed).__name__}")
         self.report: InitReport | None = None
@@ -64,6 +69,7 @@ class InitCallback(Callback):
         self._seed = seed
         self._last_seed: int | None = None
         self._when = when
+        self._trained: Trained = trained
         self._settled: weakref.ref[LightningModule] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,13 +87,13 @@ class InitCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
         was_on_meta = _lightning.end_meta_watch(pl_module)
-        is_fresh_only = self._when == "fresh"
-        if is_fresh_only and (self._is_settled(pl_module) or _lightning.restores_weights_before_fit_start(trainer)):
+        is_ours = self._is_settled(pl_module)
+        if _lightning.restores_weights_before_fit_start(trainer) or (is_ours and self._when == "fresh"):
             self._settle(pl_module)
             return
         seed = self._agreed_seed(trainer)
-        keep_trained = is_fresh_only and not was_on_meta
-        self.report = carry_out(pl_module, self._request, seed, keep_trained=keep_trained, from_meta=was_on_meta)
+        trained = "overwrite" if is_ours else self._trained  # what a fit of ours has trained is to be drawn anew
+        self.report = carry_out(pl_module, self._request, seed, trained=trained, from_meta=was_on_meta)
         self._last_seed = seed
         self._settle(pl_module)
         _lightning.refresh_averages(trainer, pl_module)

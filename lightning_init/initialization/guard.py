@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from lightning_init.findings import Finding
 from lightning_init.initialization.plan import Assignment
@@ -12,8 +14,12 @@ MAX_SHOWN = 5
 """Findings in an error's text."""
 
 
+Trained = Literal["refuse", "keep", "overwrite"]
+"""What to do where weights show signs of training."""
+
+
 def refuse_trained(signs: Iterable[Finding]) -> None:
-    """Raise ValueError if there are signs of training, naming the first and the rules that would keep the weights.
+    """Raise ValueError if there are signs of training, naming the layers and what can be done.
 
     Args:
         signs: from all ranks.
@@ -25,8 +31,9 @@ def refuse_trained(signs: Iterable[Finding]) -> None:
     more = f"\n  … and {len(different) - MAX_SHOWN} more" if len(different) > MAX_SHOWN else ""
     raise ValueError(
         f"the model shows signs of training, and new weights would destroy them:\n{shown}{more}\n"
-        f"To keep these weights: rules=[{_keep_rules(different)}], or Rule('*', 'keep') if all others are "
-        "trained too. To initialise all the same: when='always'."
+        f"To keep what was trained and draw the rest, a new head say: trained='keep'. To keep by name: "
+        f"rules=[{_keep_rules(different)}], or Rule('*', 'keep') for everything. "
+        "To draw new weights all the same: trained='overwrite'."
     )
 
 
@@ -35,8 +42,39 @@ def _keep_rules(signs: Sequence[Finding]) -> str:
 
     Not narrower: the layers beside the ones that show it were trained with them.
     """
-    patterns = dict.fromkeys(sign.layer.partition(".")[0] + ".*" if sign.layer else "*" for sign in signs)
+    patterns = dict.fromkeys(_attribute_of(sign.layer) + ".*" if sign.layer else "*" for sign in signs)
     return ", ".join(f"Rule({pattern!r}, 'keep')" for pattern in patterns)
+
+
+def keep_trained(plan: Sequence[Assignment], signs: Iterable[Finding], fresh: Container[str]) -> list[Assignment]:
+    """The plan, without the layers that were trained.
+
+    A layer was trained if it shows a sign, or if its neighbours under the same attribute of the model do and nothing
+    shows that it was not: a convolution without a bias shows nothing, the norm behind it does.
+
+    Args:
+        plan: of the model.
+        signs: from all ranks.
+        fresh: names of the layers that still hold what their module's own reset drew, such as a new head.
+    """
+    signed = {sign.layer for sign in signs}
+    attributes = {_attribute_of(layer) for layer in signed}
+    kept = []
+    for assignment in plan:
+        layer = assignment.site.forward_fqn.rpartition(".")[0]
+        is_beside = _attribute_of(layer) in attributes and layer not in fresh
+        if assignment.is_drawn and (layer in signed or is_beside):
+            why = "signs of training" if layer in signed else "its neighbours show signs of training"
+            assignment = replace(
+                assignment, initializers=(), scheme="", left=Reason.TRAINED, reason=f"trained: {why}, kept"
+            )
+        kept.append(assignment)
+    return kept
+
+
+def _attribute_of(layer: str) -> str:
+    """The attribute of the model that a layer lies in."""
+    return layer.partition(".")[0]
 
 
 def refuse_meta(assignments: Iterable[Assignment]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -15,17 +16,32 @@ from torch.nn.parameter import is_lazy
 from lightning_init.checks import check_integer
 from lightning_init.findings import Finding
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
-from lightning_init.initialization.guard import refuse_meta, refuse_trained, refuse_uninitialised
-from lightning_init.initialization.plan import Assignment, make_plan
+from lightning_init.initialization.evidence import remember_author
+from lightning_init.initialization.guard import (
+    Trained,
+    keep_trained,
+    refuse_meta,
+    refuse_trained,
+    refuse_uninitialised,
+)
+from lightning_init.initialization.plan import (
+    Assignment,
+    Candidate,
+    decide,
+    survey,
+    with_empty_memory_marked,
+)
+from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
 from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 from lightning_init.schemes.scheme import Scheme
 
 _Result = TypeVar("_Result")
 _NOTHING: list[Measured] = []
+_NO_CANDIDATES: list[Candidate] = []
 
 ROUNDING = 1e-4
 """Relative difference of a std that storing values in 16 bits explains."""
@@ -84,11 +100,12 @@ def plan(
     >>> [(assignment.name, assignment.scheme) for assignment in plan(nn.Linear(2, 3))]
     [('weight', 'he_normal'), ('bias', 'zeros')]
     """
-    return make_plan(model, Request.of(scheme, rules, activation, bias))
+    request = Request.of(scheme, rules, activation, bias)
+    return _decided(model, with_empty_memory_marked(survey(model, request)), request)
 
 
 def carry_out(
-    model: nn.Module, request: Request, seed: int, *, keep_trained: bool = False, from_meta: bool = False
+    model: nn.Module, request: Request, seed: int, *, trained: Trained = "overwrite", from_meta: bool = False
 ) -> InitReport:
     """Plan, guard, draw and write, compare between ranks, report.
 
@@ -96,24 +113,50 @@ def carry_out(
         model: as for :func:`initialize`.
         request: scheme, rules, gain and bias.
         seed: any integer.
-        keep_trained: refuse a model that shows signs of training.
-        from_meta: the model was on the meta device; refuse to leave its uninitialised memory as it is.
+        trained: what to do where weights show signs of training.
+        from_meta: the model was on the meta device; nothing is read from its memory, and none of it may stay as it is.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
     """
     check_integer("seed", seed)
-    prepare = functools.partial(_prepare, model, request, seed, keep_trained, from_meta)
     with summon_fsdp1_parameters(model):
+        look = functools.partial(survey, model, request, is_uninitialised=from_meta)
+        candidates, failure = _attempt(look, _NO_CANDIDATES)
+        candidates = _agreed(candidates, failure)
+        prepare = functools.partial(_prepare, model, candidates, request, seed, trained, from_meta)
         prepared, failure = _attempt(prepare, _Prepared([], [], []))
-        refuse_trained(chain(*gather_or_raise(prepared.signs, failure)))
+        signs = list(chain(*gather_or_raise(prepared.signs, failure)))
+        if trained == "refuse":
+            refuse_trained(signs)
+        if signs and trained == "keep":
+            prepared = _without_trained(prepared, candidates, signs)
         measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
         totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
+        _remember_authors(candidates)
         drawn = {
             task.assignment.name: (task.expected(), total) for task, total in zip(prepared.tasks, totals, strict=True)
         }
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
     return InitReport(request.text, seed, entries)
+
+
+def _agreed(candidates: Sequence[Candidate], failure: Exception | None) -> list[Candidate]:
+    """The candidates with what all ranks hold of them: the sum over shards, and else what rank 0 holds."""
+    mine = [(one.evidence, one.shard.local.numel() if one.shard else 0) for one in candidates]
+    ranks = gather_or_raise(mine, failure)
+    if len(ranks) == 1 or any(len(theirs) != len(mine) for theirs in ranks):  # other models: said after drawing
+        return with_empty_memory_marked(candidates)
+    agreed = []
+    for one, theirs in zip(candidates, zip(*ranks, strict=True), strict=True):
+        evidence = theirs[0][0]
+        if one.shard is not None and one.shard.is_sharded:
+            parts = [part for part, _ in theirs if part is not None]
+            evidence = functools.reduce(operator.add, parts) if parts else None
+            copies = sum(held for _, held in theirs) / max(1, one.shard.full_shape.numel())
+            evidence = evidence.divided_by(copies) if evidence and copies else evidence
+        agreed.append(dataclasses.replace(one, evidence=evidence))
+    return with_empty_memory_marked(agreed)
 
 
 class _Prepared(NamedTuple):
@@ -124,14 +167,40 @@ class _Prepared(NamedTuple):
     signs: list[Finding]
 
 
-def _prepare(model: nn.Module, request: Request, seed: int, keep_trained: bool, from_meta: bool) -> _Prepared:
+def _prepare(
+    model: nn.Module, candidates: Sequence[Candidate], request: Request, seed: int, trained: Trained, from_meta: bool
+) -> _Prepared:
     """The plan, refused where it could not be carried out; its tasks; and signs of training among their parameters."""
-    assignments = make_plan(model, request)
+    signs = [] if trained == "overwrite" or from_meta else signs_of_training(candidates, model)
+    assignments = _decided(model, candidates, request)
     refuse_meta(assignments)
     if from_meta:
         refuse_uninitialised(assignments)
-    tasks = make_tasks(assignments, seed)
-    return _Prepared(assignments, tasks, signs_of_training(tasks, model) if keep_trained else [])
+    return _Prepared(assignments, make_tasks(assignments, seed), signs)
+
+
+def _decided(model: nn.Module, candidates: Sequence[Candidate], request: Request) -> list[Assignment]:
+    """The plan; what training may have made of a parameter is not taken for its author's purpose."""
+    assignments = decide(candidates, request)
+    is_meant = any(one.left is Reason.SET_BY_AUTHOR for one in assignments)
+    if is_meant and signs_of_training(candidates, model):
+        return decide(candidates, request, was_trained=True)
+    return assignments
+
+
+def _without_trained(prepared: _Prepared, candidates: Iterable[Candidate], signs: Sequence[Finding]) -> _Prepared:
+    """The plan without what was trained, and its tasks."""
+    fresh = {one.site.forward_fqn.rpartition(".")[0] for one in candidates if is_as_reset(one)}
+    plan = keep_trained(prepared.plan, signs, fresh)
+    drawn = {assignment.name for assignment in plan if assignment.is_drawn}
+    return _Prepared(plan, [task for task in prepared.tasks if task.assignment.name in drawn], prepared.signs)
+
+
+def _remember_authors(candidates: Iterable[Candidate]) -> None:
+    for candidate in candidates:
+        if candidate.evidence is not None and candidate.shard is not None:
+            site = candidate.site
+            remember_author(site.module, site.attribute, candidate.shard.full_shape, candidate.evidence)
 
 
 def _attempt(step: Callable[[], _Result], otherwise: _Result) -> tuple[_Result, Exception | None]:

@@ -62,6 +62,11 @@ class Entry:
     advice: str = ""
 
     @property
+    def rule(self) -> str:
+        """The former name of ``decided_by``."""
+        return self.decided_by
+
+    @property
     def is_off(self) -> bool:
         """Whether the measured std differs from the target by more than sampling explains."""
         if self.target_std is None or self.measured_std is None:
@@ -147,9 +152,12 @@ class InitReport:
             # As Text, so that a pattern's [abc] is no markup; unwrapped, so that ten groups are ten lines.
             table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
         yield table
-        advice = sorted({entry.advice for entry in self.entries if entry.advice})
-        if advice:
-            yield Text("To draw what is unknown: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
+        for what, is_meant in (("is unknown", False), ("its author set", True)):
+            advice = sorted(
+                {e.advice for e in self.entries if e.advice and (e.left is Reason.SET_BY_AUTHOR) == is_meant}
+            )
+            if advice:
+                yield Text(f"To draw what {what}: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
 
     def __str__(self) -> str:
         """The console's table as plain text."""

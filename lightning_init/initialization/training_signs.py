@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_init.findings import Finding
-from lightning_init.initialization.draw import DrawTask
-from lightning_init.initialization.plan import Assignment
+from lightning_init.initialization.plan import Candidate
 from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.normalization import batches_tracked
 from lightning_init.introspect.role import Role
@@ -50,7 +49,7 @@ LARGEST_GAP = 8
 """The largest of n values from ±w is above (1 - 8/n)·w but for a probability of e⁻⁸ = 3e-4."""
 
 
-def signs_of_training(tasks: Iterable[DrawTask], model: nn.Module) -> list[Finding]:
+def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list[Finding]:
     """What a fresh model would not have, as findings ``trained_weights``; none for a fresh one.
 
     Only parameters about to be drawn count: what is kept cannot be lost. The signs are
@@ -65,29 +64,30 @@ def signs_of_training(tasks: Iterable[DrawTask], model: nn.Module) -> list[Findi
     else it holds is its author's draw. What an author drew for all biases of a module cannot be told from training.
     A normal draw without biases or norms around it hides a few steps; nothing in the values can show them.
     """
-    by_module: dict[int, list[DrawTask]] = defaultdict(list)
-    for task in tasks:
-        site = task.assignment.site
-        if not site.is_computed and not site.parameter.is_meta:
-            by_module[id(site.module)].append(task)
+    by_module: dict[int, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        site = candidate.site
+        can_be_lost = candidate.why_left is None and not candidate.is_empty
+        if can_be_lost and not site.is_computed and not site.parameter.is_meta:
+            by_module[id(site.module)].append(candidate)
     paths = {id(module): clean_name(model, path) for path, module in model.named_modules()}
     touched = {key: held for key, held in by_module.items() if not any(map(_is_still_constant, held))}
     batch_counts = [
         Finding("trained_weights", paths[key], text)
         for key, held in touched.items()
-        for text in _batch_count(held[0].assignment.site.module, paths[key])
+        for text in _batch_count(held[0].site.module, paths[key])
     ]
     return batch_counts + [
         Finding("trained_weights", paths[key], text)
         for key, held in touched.items()
-        for task in held
-        for text in _parameter_signs(task)
+        for candidate in held
+        for text in _parameter_signs(candidate, held)
     ]
 
 
-def _is_still_constant(task: DrawTask) -> bool:
+def _is_still_constant(candidate: Candidate) -> bool:
     """Whether each slice of this parameter has one value, and more than one element."""
-    slices = _slices_of(task)
+    slices = _slices_of(candidate)
     return any(values.numel() > 1 for values in slices) and all(map(_is_constant, slices))
 
 
@@ -98,41 +98,105 @@ def _batch_count(module: nn.Module, path: str) -> Iterator[str]:
         yield f"{path}{'.' if path else ''}num_batches_tracked is {count}"
 
 
-def _parameter_signs(task: DrawTask) -> Iterator[str]:
-    """At most one sign for one parameter."""
-    assignment = task.assignment
-    role, slices = assignment.role, _slices_of(task)
+def _parameter_signs(candidate: Candidate, held: Sequence[Candidate]) -> Iterator[str]:
+    """At most one sign for one parameter of a module that holds ``held``."""
+    role, slices, site = candidate.role, _slices_of(candidate), candidate.site
     if role is None or not slices:
         return
     values = torch.cat(slices)
-    span = f"{assignment.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
+    span = f"{site.stored_fqn} ({float(values.min()):.6g} … {float(values.max()):.6g})"
     if role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
         if any(not _is_constant(one) and float(one.abs().max()) > NEXT_TO_ZERO for one in slices):
-            yield f"{span} is not constant, as a fresh {type(assignment.site.module).__name__}'s is"
-    elif _is_no_longer_uniform(assignment, role, slices):
+            yield f"{span} is not constant, as a fresh {type(site.module).__name__}'s is"
+    elif _is_no_longer_uniform(candidate, role, slices, held):
         assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
-    elif role.kind in ("weight", "embedding") and _inputs_differ(task, role):
+    elif role.kind in ("weight", "embedding") and _inputs_differ(candidate, role):
         what = "rows" if role.kind == "embedding" else "input columns"
-        yield f"{assignment.name}: its {what} differ in size by more than chance"
+        yield f"{site.stored_fqn}: its {what} differ in size by more than chance"
 
 
-def _is_no_longer_uniform(assignment: Assignment, role: Role, slices: list[Tensor]) -> bool:
+def _is_no_longer_uniform(candidate: Candidate, role: Role, slices: list[Tensor], held: Sequence[Candidate]) -> bool:
     """Whether a bias or a weight that its module draws uniformly has moved on; real numbers only."""
-    if not isinstance(role.default, Uniform) or assignment.site.parameter.is_complex():
+    if not isinstance(role.default, Uniform) or candidate.site.parameter.is_complex():
         return False
     if role.kind == "bias":
-        usual = [role.default, *other_bias_draws(assignment.site.module)]
+        usual = [role.default, *other_bias_draws(candidate.site.module)]
+        beyond = max(float(one.abs().max()) for one in slices) - role.default.high
+        if any(
+            _is_spared(other, beyond) or _is_drawn_like(slices, role.default, other)
+            for other in held
+            if other is not candidate
+        ):
+            return False
         return all(any(_bias_has_moved(one, draw) for one in slices) for draw in usual)
-    return role.kind == "weight" and _has_left(torch.cat(slices), role.default, assignment)
+    return role.kind == "weight" and _has_left(torch.cat(slices), role.default, candidate.site.parameter.shape)
 
 
-def _slices_of(task: DrawTask) -> list[Tensor]:
+def is_as_reset(candidate: Candidate) -> bool:
+    """Whether a weight still is what its module draws: uniform, up to its bound, and nowhere beyond.
+
+    A training step of every element moves some of them beyond.
+    """
+    role = candidate.role
+    if role is None or role.kind != "weight" or not isinstance(role.default, Uniform) or candidate.shard is None:
+        return False
+    slices = _slices_of(candidate)
+    values = torch.cat(slices) if slices else torch.empty(0)
+    if values.numel() < MIN_ELEMENTS:
+        return False
+    largest = float(values.abs().max())
+    bound = role.default.high * _rounding(values)
+    return (1 - LARGEST_GAP / values.numel()) * role.default.high < largest <= bound and _has_spread_of(
+        values, role.default
+    )
+
+
+def _is_spared(weight: Candidate, moved: float) -> bool:
+    """Whether a weight is as its module drew it, though training that moves a bias that far would have shown in it.
+
+    Steps of a tenth of ``moved`` take n·moved/10/(2·bound) of n uniform elements beyond the bound.
+    """
+    if not is_as_reset(weight) or weight.role is None or not isinstance(weight.role.default, Uniform):
+        return False
+    count = sum(one.numel() for one in _slices_of(weight))
+    return count * moved / (20 * weight.role.default.high) > LARGEST_GAP
+
+
+def _is_drawn_like(slices: list[Tensor], own: Uniform, other: Candidate) -> bool:
+    """Whether a bias looks drawn by its author together with a weight.
+
+    Either the weight is uniform with sharp edges, which training blurs, and the bias fills them, though they are not
+    those of ``own``, what its module draws; or both are normal and equally wide.
+    """
+    if other.role is None or other.role.kind != "weight" or other.shard is None:
+        return False
+    weights = _slices_of(other)
+    if not weights or not isinstance(other.role.default, Uniform):
+        return False
+    values, weight = torch.cat(slices), torch.cat(weights)
+    if weight.numel() < MIN_ELEMENTS or _has_spread_of(weight, other.role.default):
+        return False  # the module's own draw; training leaves a bias as wide as the weight there
+    largest = float(weight.abs().max())
+    edges = Uniform(-largest, largest)
+    if _is_of_kurtosis(weight, edges.kurtosis) and _has_spread_of(weight, edges):
+        lowest = max(0.5, 1 - LARGEST_GAP / values.numel()) * largest
+        beyond = own.high * FIRST_STEPS if own.high < largest else 0.0
+        return max(lowest, beyond) < float(values.abs().max()) <= largest * _rounding(values)
+    ratio = float(values.square().mean().sqrt() / weight.square().mean().sqrt())
+    is_as_wide = abs(ratio - 1) < SIGMAS / math.sqrt(2 * values.numel()) + STD_SLACK
+    is_centred = float(values.mean().abs()) < SIGMAS * float(values.std()) / math.sqrt(values.numel())
+    are_normal = values.numel() >= MIN_ELEMENTS and all(_is_of_kurtosis(one, 3.0) for one in (values, weight))
+    return are_normal and is_as_wide and is_centred
+
+
+def _slices_of(candidate: Candidate) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks have theirs."""
-    shard, names = task.shard, task.assignment.slices
-    size = shard.full_shape.numel() // len(names)
+    assert candidate.shard is not None
+    shard, count = candidate.shard, len(candidate.role.slices) if candidate.role else 1
+    size = shard.full_shape.numel() // count
     flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
-    overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(len(names))]
+    overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(count)]
     held = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
     return [values for values in held if values.numel()]
 
@@ -161,7 +225,7 @@ def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
     return beyond or not _has_spread_of(values, drawn_from)
 
 
-def _has_left(values: Tensor, drawn_from: Uniform, assignment: Assignment) -> bool:
+def _has_left(values: Tensor, drawn_from: Uniform, shape: torch.Size) -> bool:
     """Whether values were drawn from this uniform distribution and some have left its interval since.
 
     Training blurs the edges: beyond the bound there are values, but fewer than if the whole interval had been
@@ -182,13 +246,12 @@ def _has_left(values: Tensor, drawn_from: Uniform, assignment: Assignment) -> bo
     can_tell_half = if_wider / 2 > SIGMAS * math.sqrt(if_wider)  # half as many would have shown above
     if largest > FIRST_STEPS * bound or can_tell_half:
         return False
-    fresh = (width * (1 - LARGEST_GAP / n) < largest <= width * rounding for width in _usual_bounds(assignment))
+    fresh = (width * (1 - LARGEST_GAP / n) < largest <= width * rounding for width in _usual_bounds(shape))
     return abs(growth) < chance and not any(fresh)
 
 
-def _usual_bounds(assignment: Assignment) -> Iterator[float]:
+def _usual_bounds(shape: torch.Size) -> Iterator[float]:
     """Half widths that ``torch.nn.init`` gives a weight of this shape: Xavier's and Kaiming's, with usual gains."""
-    shape = assignment.site.parameter.shape
     taps = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * taps, shape[0] * taps
     for gain in (1.0, math.sqrt(2), 5 / 3):
@@ -199,6 +262,11 @@ def _usual_bounds(assignment: Assignment) -> Iterator[float]:
 def _kurtosis(values: Tensor) -> float:
     squares = values.square()
     return float(squares.square().mean() / squares.mean().square())
+
+
+def _is_of_kurtosis(values: Tensor, kurtosis: float) -> bool:
+    """Whether the measured kurtosis is this one within chance, √(24/n) for a normal draw and less for a flatter one."""
+    return abs(_kurtosis(values) - kurtosis) < SIGMAS * math.sqrt(24 / values.numel()) * kurtosis / 3
 
 
 def _has_spread_of(values: Tensor, drawn_from: Uniform) -> bool:
@@ -214,14 +282,15 @@ def _rounding(values: Tensor) -> float:
     return 1 + torch.finfo(held_by).eps / 2
 
 
-def _inputs_differ(task: DrawTask, role: Role) -> bool:
+def _inputs_differ(candidate: Candidate, role: Role) -> bool:
     """Whether some inputs of a weight matrix (rows of a lookup table) are larger than others beyond chance.
 
     In a draw whose elements are alike, the mean squares of C columns of n elements vary by (kurtosis - 1)·s⁴/n,
     measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
-    local = _magnitudes(_leading_rows(task.shard.local))
+    assert candidate.shard is not None
+    local = _magnitudes(_leading_rows(candidate.shard.local))
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)

@@ -157,10 +157,10 @@ def test_shards_hold_their_elements_of_the_plain_values(
 ) -> None:
     """Uneven and empty shards included; with small blocks, so that shards begin and end inside of them."""
     mesh_shape, placements = layout
-    zeros = torch.zeros(rows, columns, dtype=torch.bfloat16 if bf16 else torch.float32)
+    zeros = torch.full((rows, columns), math.nan, dtype=torch.bfloat16 if bf16 else torch.float32)
     with pytest.MonkeyPatch.context() as patch, as_rank(rank, mesh_shape) as mesh:
         patch.setattr(streams, "BLOCK", block)
-        one, many = Holder(zeros), Holder(distribute_tensor(zeros, mesh, placements, src_data_rank=None))
+        one, many = Holder(zeros), Holder(distribute_tensor(zeros.clone(), mesh, placements, src_data_rank=None))
         write(one, scheme)
         (measured,) = write_all(make_tasks(make_plan(many, Request.of(scheme)), 3))
         expected = distribute_tensor(one.layer.weight.detach(), mesh, placements, src_data_rank=None).to_local()

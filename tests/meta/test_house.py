@@ -108,7 +108,11 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_parser": "LightningCLI's own way to the subcommand's parser",
     },
     "distributed/shards.py": {"torch.distributed.tensor._utils": "only it knows offsets of every placement"},
-    "initialization/plan.py": {"_OrthMaps": "tells the orthogonal maps that can be inverted"},
+    "initialization/plan.py": {
+        "_OrthMaps": "tells the orthogonal maps that can be inverted",
+        "_reset_parameters": "multi-head attention's own reset",
+        "_version": "tells memory that nothing was written to",
+    },
     "initialization/write.py": {"_SpectralNorm": "the class that spectral_norm registers has no public name"},
     "introspect/names.py": {
         "_checkpoint_wrapped_module": "activation checkpointing's wrapper",
