@@ -24,6 +24,9 @@ BLOCK = 1 << 20
 _NOTHING = (math.inf, -math.inf)
 """The smallest and the largest of no values."""
 
+MIN_COUNT = 16
+"""Of fewer numbers neither the mean nor its error says anything."""
+
 VECTORS = 8
 """Rows or columns whose angles tell an orthogonal matrix."""
 
@@ -94,8 +97,8 @@ class Evidence:
 
     @property
     def mean_is_off(self) -> bool:
-        """Whether the mean is farther from 0 than chance and a twentieth of the rms explain."""
-        if not self.count:
+        """Whether the mean is farther from 0 than chance and a twentieth of the rms explain; not of a few numbers."""
+        if self.count < MIN_COUNT:
             return False
         mean = self.total / self.count
         std = math.sqrt(max(0.0, self.squares / self.count - mean**2))
@@ -203,7 +206,7 @@ def _values_repeat(sample: Tensor) -> bool:
     _, counts = torch.unique(sample, return_counts=True)
     rounded = any(torch.equal(sample.to(dtype).float(), sample) for dtype in (torch.bfloat16, torch.float16))
     if rounded:
-        return int(counts.max()) > max(4, sample.numel() / 10)
+        return int(counts.max()) >= max(3, sample.numel() / 4)
     return len(counts) < 0.95 * sample.numel()
 
 

@@ -64,11 +64,14 @@ def purposes_of(held: Iterable[Held], *, constants_only: bool = False) -> dict[s
     """
     parameters = [one for one in held if one.role is not None and one.evidence is not None]
     usual = _usual_scale(parameters)
+    owners_as_drawn = {_owner(one) for one in parameters if _is_weight_of_its_module(one)}
     purposes = {}
     for one in parameters:
         if one.role is None or one.evidence is None or (constants_only and one.evidence.constants is None):
             continue
         purpose = _purpose(one.role, one.evidence, None if one.is_table else usual)
+        if not purpose and _is_prior(one, owners_as_drawn):
+            purpose = "not what its module drew, beside a weight that is"
         if purpose:
             purposes[one.name] = purpose
     return purposes
@@ -94,8 +97,27 @@ def _purpose(role: Role, evidence: Evidence, usual_scale: float | None) -> str:
     if role.kind == "weight" and role.fans is not None and usual_scale:
         ratio = evidence.rms * math.sqrt(role.fans.fan_in) / usual_scale
         if not 1 / FAR_SCALE < ratio < FAR_SCALE:
-            return f"a scale of its own, {ratio:.2g} times the usual one"
+            return f"a scale of its own, {ratio:.1g} times the usual one"
     return ""
+
+
+def _owner(one: Held) -> str:
+    return one.name.rpartition(".")[0]
+
+
+def _is_weight_of_its_module(one: Held) -> bool:
+    """Whether a weight still is what its module's own reset drew."""
+    if one.role is None or one.evidence is None or one.role.kind != "weight" or not one.evidence.is_finite:
+        return False
+    return _is_within(one.evidence, one.role.default) and one.evidence.rms > 0.8 * one.role.default.target_std
+
+
+def _is_prior(one: Held, owners_as_drawn: set[str]) -> bool:
+    """Whether a bias was changed by an author who left the weight beside it: a prior for each of its units."""
+    if one.role is None or one.evidence is None or one.role.kind != "bias" or not isinstance(one.role.default, Uniform):
+        return False
+    is_changed = one.evidence.is_finite and not _is_within(one.evidence, one.role.default)
+    return is_changed and _owner(one) in owners_as_drawn
 
 
 def _is_within(evidence: Evidence, default: Distribution) -> bool:
@@ -130,7 +152,8 @@ def scale_of_table(role: Role, evidence: Evidence | None, width: int) -> float:
     """The std at which a lookup table is drawn again: its author's, as a number that every draw of it would give.
 
     A measured std differs from the one that was meant by chance, and in its last digits by the order of summation. So
-    it is read as the module's own, as 1/√width, or as the number of the fewest digits within five standard errors.
+    the first of these is taken that lies within five standard errors: the module's own; 1/√width; the nearest of
+    1/√(a power of two) and numbers of one digit. Else it is rounded to as few digits as change it by less than 2 %.
 
     Args:
         role: whose default is what the module itself draws.
@@ -140,12 +163,14 @@ def scale_of_table(role: Role, evidence: Evidence | None, width: int) -> float:
     own = role.default.target_std
     if evidence is None or not evidence.is_finite or not evidence.count or not evidence.rms:
         return own
-    error = SIGMAS / math.sqrt(2 * evidence.count)
-    named = next((std for std in (own, width**-0.5) if abs(evidence.rms / std - 1) <= error), None)
-    if named is not None:
-        return named
-    rounded = [float(f"{evidence.rms:.{digits}g}") for digits in range(1, 5)]
-    return next((std for std in rounded if abs(evidence.rms / std - 1) <= min(error, MOST_ROUNDING)), rounded[-1])
+    measured, error = evidence.rms, SIGMAS / math.sqrt(2 * evidence.count)
+    usual = [*(1 / math.sqrt(2**power) for power in range(30)), float(f"{measured:.1g}")]
+    nearest = min(usual, key=lambda std: abs(math.log(measured / std)))
+    for std in (own, 1 / math.sqrt(width), nearest):
+        if abs(measured / std - 1) <= error:
+            return std
+    rounded = [float(f"{measured:.{digits}g}") for digits in range(2, 5)]
+    return next((std for std in rounded if abs(measured / std - 1) <= min(error, MOST_ROUNDING)), rounded[-1])
 
 
 def uninitialised_among(modules: Iterable[list[Held]]) -> set[str]:
@@ -168,8 +193,8 @@ def uninitialised_among(modules: Iterable[list[Held]]) -> set[str]:
 
 
 def _looks_drawn(one: Held) -> bool:
-    """Whether a weight holds random numbers of the size that its module, or an author, would draw."""
-    if one.role is None or one.evidence is None or one.role.kind not in ("weight", "embedding") or _is_absurd(one):
+    """Whether a parameter holds random numbers of the size that its module, or an author, would draw."""
+    if one.role is None or one.evidence is None or _is_absurd(one):
         return False
     own = one.role.default.target_std
     return one.evidence.constants is None and own / 30 < one.evidence.rms < 2 * own
