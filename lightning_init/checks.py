@@ -53,8 +53,8 @@ def check_finite(what: str, value: float) -> None:
 
 
 def check_integer(what: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is an integer; True and False are none."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Raise TypeError unless ``value`` is an integer, NumPy's included; True and False are none."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lightning_init.callbacks import _lightning
-from lightning_init.checks import check_choice
+from lightning_init.checks import check_choice, check_integer
 from lightning_init.initialization.guard import Trained
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.report import InitReport
@@ -62,11 +62,11 @@ class InitCallback(Callback):
     ) -> None:
         check_choice("when", when, get_args(When))
         check_choice("trained", trained, get_args(Trained))
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
-            raise TypeError(f"seed is an integer or None, got {seed!r} of type {type(seed).__name__}")
+        if seed is not None:
+            check_integer("seed", seed)
         self.report: InitReport | None = None
         self._request = Request.of(scheme, rules, activation, bias)
-        self._seed = seed
+        self._seed = None if seed is None else int(seed)
         self._last_seed: int | None = None
         self._when = when
         self._trained: Trained = trained
@@ -135,7 +135,11 @@ class InitCallback(Callback):
         if self._seed is not None:
             return self._seed
         drawn = secrets.randbits(31) if self._last_seed is None else self._last_seed
-        own = int(os.environ.get("PL_GLOBAL_SEED") or drawn)
+        everything = os.environ.get("PL_GLOBAL_SEED")
+        try:
+            own = int(everything or drawn)
+        except ValueError:
+            raise ValueError(f"the environment variable PL_GLOBAL_SEED is {everything!r}, and not an integer") from None
         return int(trainer.strategy.broadcast(own))  # by all ranks, also where only some called seed_everything
 
     def _announce(self, trainer: Trainer, report: InitReport) -> None:

@@ -29,12 +29,14 @@ class Measured:
         count: number of elements.
         checksum: sum of the values' bits, modulo 2⁶⁴.
         is_transformed: whether a parametrization makes other values of those that were written.
+        is_refused: whether a parametrization cannot give such values, so that nothing was written.
     """
 
     squares: float = 0.0
     count: int = 0
     checksum: int = 0
     is_transformed: bool = False
+    is_refused: bool = False
 
     def __iadd__(self, other: Measured) -> Measured:
         """Add the sums of another block."""
@@ -42,6 +44,7 @@ class Measured:
         self.count += other.count
         self.checksum = _wrapped(self.checksum + other.checksum)
         self.is_transformed |= other.is_transformed
+        self.is_refused |= other.is_refused
         return self
 
     @property

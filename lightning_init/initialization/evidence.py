@@ -134,11 +134,16 @@ def evidence_of(shard: LocalShard, slices: int, *, is_table: bool, version: int)
         sample = sample[sample.flatten(1).abs().amax(1) > 0]
     full_rows = shard.full_shape[0] if shard.full_shape else 1
     width = max(1, shard.full_shape.numel() // max(1, full_rows))
-    columns = rows.reshape(len(rows), -1)[:, :VECTORS].detach().to("cpu", torch.float64)
-    products = tuple((columns.T @ columns).flatten().tolist()) if rows.ndim > 1 and full_rows > width > 1 else ()
+    products = _column_products(rows) if full_rows > width > 1 and rows[0].numel() == width else ()
     return Evidence(
         lows, highs, count, total, squares, _has_structure(sample, full_rows <= width), products, version > 0
     )
+
+
+def _column_products(rows: Tensor) -> tuple[float, ...]:
+    """The scalar products of the first columns with each other."""
+    columns = rows.reshape(len(rows), -1)[:, :VECTORS].detach().to("cpu", torch.float64)
+    return tuple((columns.T @ columns).flatten().tolist())
 
 
 def _leading(rows: Tensor, count: int) -> Tensor:

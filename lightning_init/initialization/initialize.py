@@ -39,6 +39,9 @@ from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 from lightning_init.schemes.scheme import Scheme
 
+ABSURD = 2
+"""How many times :meth:`InitReport.check`'s tolerance a measured std may be off before it is an error by itself."""
+
 _Result = TypeVar("_Result")
 _NOTHING: list[Measured] = []
 _NO_CANDIDATES: list[Candidate] = []
@@ -119,7 +122,10 @@ def carry_out(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
     check_integer("seed", seed)
+    seed = int(seed)
     with summon_fsdp1_parameters(model):
         look = functools.partial(survey, model, request, is_uninitialised=from_meta)
         candidates, failure = _attempt(look, _NO_CANDIDATES)
@@ -138,7 +144,22 @@ def carry_out(
             task.assignment.name: (task.expected(), total) for task, total in zip(prepared.tasks, totals, strict=True)
         }
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
-    return InitReport(request.text, seed, entries)
+    report = InitReport(request.text, seed, entries)
+    _refuse_absurd(report)
+    return report
+
+
+def _refuse_absurd(report: InitReport) -> None:
+    """Raise ValueError if what was written is not finite, or far from what was asked for: never train from that."""
+    for entry in report.drawn:
+        if entry.measured_std is None or entry.target_std is None:
+            continue
+        if not abs(entry.measured_std - entry.target_std) <= ABSURD * entry.tolerance:
+            raise ValueError(
+                f"{entry.name!r} was to have a std of {entry.target_std:.4g} and has {entry.measured_std:.4g} in "
+                f"{entry.dtype}: its dtype or its module cannot hold what {entry.scheme} draws. Leave it alone: "
+                f"Rule({entry.name!r}, 'keep')"
+            )
 
 
 def _agreed(candidates: Sequence[Candidate], failure: Exception | None) -> list[Candidate]:
@@ -227,6 +248,9 @@ def _entry(assignment: Assignment, expected: Expected | None, measured: Measured
     )
     if expected is None or measured is None:
         return entry
+    if measured.is_refused:
+        reason = f"parametrized: it cannot give what {assignment.scheme} draws, whose inverse is not finite"
+        return dataclasses.replace(entry, left=Reason.PARAMETRIZED, reason=reason)
     tolerance = (SIGMAS * expected.sampling + ROUNDING) * expected.std + expected.rounding
     return dataclasses.replace(
         entry,

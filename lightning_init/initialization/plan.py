@@ -133,16 +133,23 @@ def survey(model: nn.Module, request: Request, *, is_uninitialised: bool = False
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
     found = list(parameter_sites(model))
-    request.check_all_used(list(dict.fromkeys(name for site in found for name in (site.stored_fqn, site.forward_fqn))))
     by_parameter: dict[int, list[ParameterSite]] = defaultdict(list)
     by_forward_fqn: dict[str, list[ParameterSite]] = defaultdict(list)
     for site in found:
         by_parameter[id(site.parameter)].append(site)
         by_forward_fqn[site.forward_fqn].append(site)
+    request.check_all_used(
+        [_names(by_parameter[id(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
+    )
     return [
         _candidate(site, by_parameter[id(site.parameter)], by_forward_fqn[site.forward_fqn], request, is_uninitialised)
         for site in found
     ]
+
+
+def _names(aliases: Iterable[ParameterSite], originals: Iterable[ParameterSite]) -> list[str]:
+    """Every name of a parameter that a rule may go by."""
+    return [name for other in (*aliases, *originals) for name in (other.stored_fqn, other.forward_fqn)]
 
 
 def _candidate(
@@ -154,9 +161,7 @@ def _candidate(
 ) -> Candidate:
     """Ask everything about one parameter."""
     role = _role(site, aliases)
-    rule = request.rule_for(
-        *(name for other in (*aliases, *originals) for name in (other.stored_fqn, other.forward_fqn))
-    )
+    rule = request.rule_for(*_names(aliases, originals))
     candidate = Candidate(site, aliases, originals, role, rule, _why_left(site, aliases, originals, role, rule))
     if candidate.why_left is not None:
         return candidate

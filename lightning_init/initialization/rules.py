@@ -65,8 +65,8 @@ class Rule:
         return self.pattern.rpartition(".")[2] != "*"
 
     def matches(self, *names: str) -> bool:
-        """Whether the pattern matches one of a parameter's names."""
-        return any(fnmatchcase(name, self.pattern) for name in names)
+        """Whether the pattern is, or as a glob matches, one of a parameter's names."""
+        return any(name == self.pattern or fnmatchcase(name, self.pattern) for name in names)
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,28 @@ class Request:
         """The first rule that matches one of a parameter's names."""
         return next((rule for rule in self.rules if rule.matches(*names)), None)
 
-    def check_all_used(self, names: Sequence[str]) -> None:
-        """Raise ValueError, naming the nearest parameter, if a rule matches none of the names."""
+    def check_all_used(self, parameters: Sequence[Sequence[str]]) -> None:
+        """Raise ValueError if a rule matches no parameter, or none that an earlier rule leaves to it.
+
+        Args:
+            parameters: the names of each, as stored and as read, and those it is tied to.
+        """
+        names = list(dict.fromkeys(name for of_one in parameters for name in of_one))
+        winners = {id(self.rule_for(*of_one)) for of_one in parameters}
         for rule in self.rules:
             if not any(rule.matches(name) for name in names):
                 near = nearest_names(rule.pattern, names, at_most=3, however_far=True)
                 raise ValueError(
                     f"rule {rule.pattern!r} matches none of the model's {len(names)} parameters; "
                     f"nearest names: {', '.join(near) or 'none'}"
+                )
+            if id(rule) not in winners:
+                of_one = next(of_one for of_one in parameters if rule.matches(*of_one))
+                first = self.rule_for(*of_one)
+                assert first is not None
+                raise ValueError(
+                    f"rule {rule.pattern!r} never applies: rule {first.pattern!r} stands before it and matches the "
+                    "same parameters; the first rule that matches wins, so put the narrower one first"
                 )
 
 

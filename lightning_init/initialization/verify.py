@@ -54,7 +54,10 @@ def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception
             that has failed.
     """
     names_hash = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    sums = array("d", [number for one in measured for number in (one.squares, one.count, one.is_transformed)])
+    sums = array(
+        "d",
+        [number for one in measured for number in (one.squares, one.count, one.is_transformed, one.is_refused)],
+    )
     checksums = array("q", [one.checksum for one in measured])
     every = gather_or_raise((names_hash, checksums.tobytes(), sums.tobytes()), failure)
     if len(every) == 1:
@@ -62,9 +65,10 @@ def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception
     _same_names(names, [rank[0] for rank in every])
     _same_bits(names, [array("q", rank[1]) for rank in every])
     totals = [sum(column) for column in zip(*(array("d", rank[2]) for rank in every), strict=True)]
+    of_parameters = zip(*[iter(totals)] * 4, strict=True)
     return [
-        Measured(totals[3 * i], round(totals[3 * i + 1]), one.checksum, bool(totals[3 * i + 2]))
-        for i, one in enumerate(measured)
+        Measured(squares, round(count), one.checksum, bool(is_transformed), bool(is_refused))
+        for one, (squares, count, is_transformed, is_refused) in zip(measured, of_parameters, strict=True)
     ]
 
 

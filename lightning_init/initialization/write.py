@@ -50,6 +50,9 @@ def write_all(tasks: Sequence[DrawTask]) -> list[Measured]:
             elif task.assignment.site.storage == "recomputed":
                 _recompute(task.assignment.site)
             _zero_padding_row(task)
+            reset = getattr(task.assignment.site.module, "reset_running_stats", None)
+            if callable(reset):  # statistics of a normalisation belong to the weights it had
+                reset()
             if task.shard.is_sharded:  # its bits differ from rank to rank: compare the start of its streams instead
                 measured[index].checksum = sum(map(stream_fingerprint, task.chunks)) % 2**62
     return measured
@@ -85,8 +88,8 @@ def _write_through(task: DrawTask) -> Measured:
     values = draw_full(task, current.dtype).to(current.device, current.dtype)
     if site.storage == "weight_norm":
         _set_weight_norm(site, values)
-    else:
-        _set_parametrized(site, values)
+    elif not _set_parametrized(site, values):
+        return Measured(is_refused=True)
     _settle_spectral_norms(site)
     now = site.current
     now = now.full_tensor() if isinstance(now, DTensor) else now
@@ -95,16 +98,25 @@ def _write_through(task: DrawTask) -> Measured:
     return measured
 
 
-def _set_parametrized(site: ParameterSite, values: Tensor) -> None:
-    """Send values through each right inverse, last parametrization first, and copy them in place."""
+def _set_parametrized(site: ParameterSite, values: Tensor) -> bool:
+    """Send values through each right inverse, last parametrization first, and copy them in place.
+
+    Returns:
+        Whether that was possible: of a value that a parametrization never gives, such as a negative one of an
+        exponential, the inverse is not finite. Nothing is written then.
+    """
     steps = parametrizations_of(site)
     assert steps is not None
     inverse: Tensor | Sequence[Tensor] = values
     for step in reversed(list(steps)):
         inverse = step.right_inverse(inverse)  # type: ignore[operator]
     originals = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
-    for original, value in zip(originals, [inverse] if isinstance(inverse, Tensor) else inverse, strict=True):
+    inverses = [inverse] if isinstance(inverse, Tensor) else list(inverse)
+    if not all(bool(one.isfinite().all()) for one in inverses):
+        return False
+    for original, value in zip(originals, inverses, strict=True):
         _put(original, value)
+    return True
 
 
 def _settle_spectral_norms(site: ParameterSite) -> None:

@@ -7,6 +7,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,9 +142,13 @@ class Uniform(Distribution):
         return 1.8
 
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Draw U(0, 1), then scale and shift: torch's own ``uniform_(a, b)`` rounds by CPU type."""
+        """Draw U(0, 1), then scale and shift: torch's own ``uniform_(a, b)`` rounds by CPU type.
+
+        Rounding takes a few to the upper end, or beyond it, which is no part of the interval.
+        """
         block.uniform_(generator=generator)
         scale_and_shift_(block, self.high - self.low, self.low)
+        block.clamp_(max=_largest_float_below(self.high))
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,16 @@ class TruncatedNormal(Distribution):
             block[beyond] = again
             beyond = beyond[again.abs() > self.cut]
         scale_and_shift_(block, self.std / truncated_std(self.cut), self.mean)
+        lowest, highest = self.mean - self.bound, self.mean + self.bound
+        block.clamp_(-_largest_float_below(-lowest, or_equal=True), _largest_float_below(highest, or_equal=True))
+
+
+def _largest_float_below(number: float, *, or_equal: bool = False) -> float:
+    """The largest float32 below a number, as a float; ``number`` itself if it is one and that is allowed."""
+    rounded = float(np.float32(number))
+    if rounded < number or (or_equal and rounded == number):
+        return rounded
+    return float(np.nextafter(np.float32(rounded), np.float32(-np.inf)))
 
 
 def scale_and_shift_(block: Tensor, scale: float, shift: float) -> None:
