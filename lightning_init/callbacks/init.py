@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import weakref
 from typing import Any, Literal, get_args
 
@@ -17,6 +15,7 @@ from lightning_init.initialization.guard import Trained
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.schemes.named import SchemeName
 from lightning_init.schemes.scheme import Scheme
 
@@ -36,7 +35,8 @@ class InitCallback(Callback):
         activation: the nonlinearity that feeds the layers ("relu", "gelu" …): its gain replaces the scheme's own.
         bias: one value for all biases; None: the scheme's own (0; PyTorch's for ``torch_default``; 1 for the
             LSTM's forget gate).
-        seed: any integer; None: that of ``seed_everything``, else one drawn once and agreed by all ranks.
+        seed: any integer; None: that of ``seed_everything``, else of ``torch.manual_seed``, else one drawn once; all
+            ranks take rank 0's.
         when: ``"fresh"``: once for each module; ``"always"``: at every fit. Never over a restored checkpoint.
         trained: what to do where weights show signs of training: ``"refuse"``: an error that names them; ``"keep"``:
             those layers stay, and the rest, such as a new head, is drawn; ``"overwrite"``: everything is drawn.
@@ -91,7 +91,7 @@ class InitCallback(Callback):
         if _lightning.restores_weights_before_fit_start(trainer) or (is_ours and self._when == "fresh"):
             self._settle(pl_module)
             return
-        seed = self._agreed_seed(trainer)
+        seed = agreed_seed(self._last_seed) if self._seed is None else self._seed
         trained = "overwrite" if is_ours else self._trained  # what a fit of ours has trained is to be drawn anew
         self.report = carry_out(pl_module, self._request, seed, trained=trained, from_meta=was_on_meta)
         self._last_seed = seed
@@ -129,18 +129,6 @@ class InitCallback(Callback):
     def _settle(self, module: LightningModule) -> None:
         """Remember that this module has its weights; weakly, so that the module is not kept alive."""
         self._settled = weakref.ref(module)
-
-    def _agreed_seed(self, trainer: Trainer) -> int:
-        """The seed that was given, else seed_everything's, else a random one, the same on every rank."""
-        if self._seed is not None:
-            return self._seed
-        drawn = secrets.randbits(31) if self._last_seed is None else self._last_seed
-        everything = os.environ.get("PL_GLOBAL_SEED")
-        try:
-            own = int(everything or drawn)
-        except ValueError:
-            raise ValueError(f"the environment variable PL_GLOBAL_SEED is {everything!r}, and not an integer") from None
-        return int(trainer.strategy.broadcast(own))  # by all ranks, also where only some called seed_everything
 
     def _announce(self, trainer: Trainer, report: InitReport) -> None:
         """Print the report on rank zero and log the whole table to TensorBoard."""

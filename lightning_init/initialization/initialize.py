@@ -34,6 +34,7 @@ from lightning_init.initialization.plan import (
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.report import SIGMAS, Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
 from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
@@ -57,7 +58,7 @@ def initialize(
     rules: Iterable[Rule] = (),
     activation: str | None = None,
     bias: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> InitReport:
     """Draw new weights for a model, in place: the same seed gives the same weights on any number of devices.
 
@@ -72,7 +73,7 @@ def initialize(
         rules: ahead of the scheme, the first that matches wins.
         activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own.
         bias: one value for every bias in place of the scheme's own.
-        seed: any integer.
+        seed: any integer; None: that of ``seed_everything``, else of ``torch.manual_seed``, else one drawn at random.
 
     Returns:
         What was done to every parameter, with target and measured standard deviation.
@@ -87,7 +88,8 @@ def initialize(
     >>> abs(layer.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.02
     True
     """
-    return carry_out(model, Request.of(scheme, rules, activation, bias), seed)
+    request = Request.of(scheme, rules, activation, bias)
+    return carry_out(model, request, agreed_seed() if seed is None else seed)
 
 
 def plan(

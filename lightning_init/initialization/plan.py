@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _OrthMaps
 
@@ -15,9 +17,16 @@ from lightning_init.initialization.evidence import Evidence, authors_evidence, e
 from lightning_init.initialization.intent import Held, purposes_of, scale_of_table, uninitialised_among
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.rules import Request, Rule
+from lightning_init.introspect.own_code import computes_as_its_type, fitted_role
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
-from lightning_init.introspect.sites import ParameterSite, parameter_sites, parametrizations_of, type_name
+from lightning_init.introspect.sites import (
+    ParameterSite,
+    parameter_sites,
+    parametrizations_of,
+    recomputing_hook_of,
+    type_name,
+)
 from lightning_init.schemes.distributions import Constant, Normal
 from lightning_init.schemes.fans import Fans
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
@@ -133,18 +142,27 @@ def survey(model: nn.Module, request: Request, *, is_uninitialised: bool = False
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
     found = list(parameter_sites(model))
-    by_parameter: dict[int, list[ParameterSite]] = defaultdict(list)
+    by_parameter: dict[tuple[int, int], list[ParameterSite]] = defaultdict(list)
     by_forward_fqn: dict[str, list[ParameterSite]] = defaultdict(list)
     for site in found:
-        by_parameter[id(site.parameter)].append(site)
+        by_parameter[_memory_of(site.parameter)].append(site)
         by_forward_fqn[site.forward_fqn].append(site)
     request.check_all_used(
-        [_names(by_parameter[id(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
+        [_names(by_parameter[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
     )
     return [
-        _candidate(site, by_parameter[id(site.parameter)], by_forward_fqn[site.forward_fqn], request, is_uninitialised)
+        _candidate(
+            site, by_parameter[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn], request, is_uninitialised
+        )
         for site in found
     ]
+
+
+def _memory_of(parameter: Tensor) -> tuple[int, int]:
+    """What two parameters have in common if they are one: ``decoder.weight.data = encoder.weight.data.t()``."""
+    is_plain = not isinstance(parameter, DTensor) and not is_lazy(parameter) and parameter.layout is torch.strided
+    address = parameter.data_ptr() if is_plain and not parameter.is_meta else 0
+    return (address, parameter.numel()) if address else (id(parameter), 0)
 
 
 def _names(aliases: Iterable[ParameterSite], originals: Iterable[ParameterSite]) -> list[str]:
@@ -304,7 +322,23 @@ def _why_left(
             return Reason.TYPE_UNKNOWN, "module type unknown"
         if role.kind == "keep":
             return Reason.ROLE_KEEPS, f"kept: {role.why}"
+        own_code = _why_own_code(site, role)
+        if own_code:
+            return Reason.OWN_CODE, own_code
     return _why_not_through(site)
+
+
+def _why_own_code(site: ParameterSite, role: Role) -> str:
+    """What tells that the parameter is not what its module's type says; "" if it is."""
+    if site.storage == "recomputed" and recomputing_hook_of(site.module, site.attribute) is None:
+        return f"a hook computes {site.attribute.removesuffix('_orig')} from it, in a way of its own"
+    if site.is_computed or role.kind not in ("weight", "embedding"):
+        return ""
+    if fitted_role(role, site.module, site.attribute, site.parameter.shape) is None:
+        return f"its shape {tuple(site.parameter.shape)} is not that of a {type_name(site.module)}"
+    if not computes_as_its_type(site.module):
+        return f"forward of {type_name(site.module)} makes something else of it than its base class"
+    return ""
 
 
 def _why_left_to_another(
@@ -354,6 +388,8 @@ def _role(site: ParameterSite, aliases: list[ParameterSite]) -> Role | None:
     roles = _roles(aliases)
     weights = [role for role in roles if role.kind == "weight"]
     role = next(iter(weights or roles), None)
+    if role is not None and role.kind == "weight" and not site.is_computed:
+        role = fitted_role(role, site.module, site.attribute, site.parameter.shape) or role
     padding = next((role.padding_index for role in roles if role.padding_index is not None), None)
     return replace(role, padding_index=padding) if role and padding is not None else role
 

@@ -30,5 +30,7 @@ class Reason(str, Enum):
     """It holds what no reset and no draw around zero leaves: a constant, a structure, a scale of its own."""
     TRAINED = "trained"
     """It shows signs of training, or its neighbours do, and trained="keep" was given."""
+    OWN_CODE = "read by code of its own"
+    """Its module's forward makes something else of it than the module's type would, or its shape is another."""
     PARAMETRIZED = "parametrized"
     """Its parametrization has no way back from a value to what is stored."""

@@ -236,10 +236,13 @@ def test_configure_model_layers_are_initialized(expected: Weights) -> None:
         assert_same(weights, expected)
 
 
-def seeded_by(seed: int | None) -> Weights:
+def seeded_by(seed: int | None, torch_seed: int | None = 0) -> Weights:
     if seed is not None:
         seed_everything(seed, verbose=False)
-    torch.manual_seed(dist.get_rank())
+    if torch_seed is None:
+        torch.seed()  # as in a process that has just started: forked ones have their parent's
+    else:
+        torch.manual_seed(torch_seed + dist.get_rank())
     return weights_at_start(DigitsModule(mlp), InitCallback(), make_ddp_trainer)
 
 
@@ -250,10 +253,16 @@ def test_seed_of_seed_everything_is_used() -> None:
 
 
 def test_seed_is_agreed_on_by_ranks_and_differs_between_runs() -> None:
-    on_0, on_1 = run_ranks(seeded_by, 2, None)
+    on_0, on_1 = run_ranks(seeded_by, 2, None, None)
     assert_same(on_1, on_0)
-    again, _ = run_ranks(seeded_by, 2, None)
+    again, _ = run_ranks(seeded_by, 2, None, None)
     assert_differ(again, on_0)
+
+
+def test_seed_of_torch_is_used_where_there_is_no_other() -> None:
+    on_0, on_1 = run_ranks(seeded_by, 2, None, SEED)
+    assert_same(on_0, initialized(mlp()))
+    assert_same(on_1, on_0)
 
 
 def generator_before_and_after(strategy: str) -> tuple[torch.Tensor, torch.Tensor]:

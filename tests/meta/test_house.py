@@ -109,6 +109,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
     },
     "distributed/shards.py": {"torch.distributed.tensor._utils": "only it knows offsets of every placement"},
     "initialization/plan.py": {
+        "_orig": "how pruning and the older spectral_norm end the name of what they compute from",
         "_OrthMaps": "tells the orthogonal maps that can be inverted",
         "_reset_parameters": "multi-head attention's own reset",
         "_version": "tells memory that nothing was written to",
@@ -119,6 +120,10 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_fsdp_wrapped_module": "FSDP1's wrapper",
         "_modules": "looks up one child without copying its siblings: names are asked thousands of times",
         "_orig_mod": "torch.compile's wrapper",
+    },
+    "introspect/own_code.py": {
+        "_ConvNd": "the base of all convolutions",
+        "_ConvTransposeNd": "the base of the three transposed convolutions",
     },
     "introspect/sites.py": {
         "_forward_pre_hooks": "the older weight_norm, spectral_norm and pruning are found in no other place",
