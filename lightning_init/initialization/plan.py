@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,8 +116,16 @@ class Candidate:
 
     @property
     def is_named_by_rule(self) -> bool:
-        """Whether a rule names the parameter outright, so that what its author meant does not count."""
-        return self.rule is not None and self.rule.is_literal
+        """Whether a rule names the parameter outright, so that what its author meant does not count.
+
+        Of a norm or a bias only without a glob, or where the glob matches nothing else: see :func:`_speak_of_weights`.
+        """
+        return self.rule is not None and self.rule.is_literal and not (self.rule.is_glob and self.is_beside_weights)
+
+    @property
+    def is_beside_weights(self) -> bool:
+        """Whether it is what stands beside a weight in a module: a bias, a norm's scale, or the like."""
+        return self.role is not None and self.role.kind in ("bias", "norm", "other")
 
 
 def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
@@ -201,10 +210,34 @@ def decide(candidates: Sequence[Candidate], request: Request, *, was_trained: bo
         was_trained: the model shows signs of training: only constants still say what its author meant.
     """
     purposes = purposes_of(map(_held, candidates), constants_only=was_trained)
-    widths = _widths_of_tied_tables(candidates)
+    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates))
     return [
-        _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), widths) for candidate in candidates
+        _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
+
+
+class _Model(NamedTuple):
+    """What a decision about one parameter needs to know of all of them.
+
+    Attributes:
+        tied_widths: see :func:`_widths_of_tied_tables`.
+        rules_of_weights: patterns, see :func:`_speak_of_weights`.
+    """
+
+    tied_widths: set[int]
+    rules_of_weights: set[str]
+
+
+def _speak_of_weights(candidates: Iterable[Candidate]) -> set[str]:
+    """The globs that match a weight or a lookup table: they do not mean the biases and norms beside it."""
+    return {
+        candidate.rule.pattern
+        for candidate in candidates
+        if candidate.rule is not None
+        and candidate.rule.is_glob
+        and candidate.role is not None
+        and candidate.role.kind in ("weight", "embedding")
+    }
 
 
 def _held(candidate: Candidate) -> Held:
@@ -241,7 +274,7 @@ def _author_scale(candidate: Candidate) -> float:
     return scale_of_table(table, candidate.evidence, candidate.site.parameter.shape[-1])
 
 
-def _assign(candidate: Candidate, request: Request, purpose: str, tied_widths: set[int]) -> Assignment:
+def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model) -> Assignment:
     """Decide for one parameter; the reasons to leave it alone come first."""
     site, role, rule = candidate.site, candidate.role, candidate.rule
     kind, pattern = type_name(site.module), rule.pattern if rule else ""
@@ -249,7 +282,7 @@ def _assign(candidate: Candidate, request: Request, purpose: str, tied_widths: s
         left, reason = candidate.why_left
         advice = _registration(site) if left is Reason.TYPE_UNKNOWN else ""
         return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
-    scheme, decided_by, gain = _choose(candidate, request, tied_widths)
+    scheme, decided_by, gain = _choose(candidate, request, model)
     initializer = scheme.resolve(role, gain)
     if not isinstance(initializer, Initializer):
         raise TypeError(
@@ -263,7 +296,13 @@ def _assign(candidate: Candidate, request: Request, purpose: str, tied_widths: s
         own = dict(zip(role.slices, role.bias_values, strict=True))
         initializers = tuple(map(Constant, own.values()))
         text += "".join(f", {name} {value:g}" for name, value in own.items() if value)
-    if purpose and not _is_what_it_holds(initializers, candidate.evidence) and not _is_asked_for(candidate, request):
+    is_named = rule is not None and rule.is_literal and decided_by == rule.pattern
+    if (
+        purpose
+        and not is_named
+        and not _is_what_it_holds(initializers, candidate.evidence)
+        and not _is_asked_for(candidate, request)
+    ):
         reason, advice = f"set by its author: {purpose}", f"Rule({site.stored_fqn!r}, {_as_code(scheme)})"
         left = Reason.SET_BY_AUTHOR
         return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
@@ -399,7 +438,7 @@ def _is_tied_head(aliases: list[ParameterSite]) -> bool:
     return {"weight", "embedding"} <= {role.kind for role in _roles(aliases)}
 
 
-def _choose(candidate: Candidate, request: Request, tied_widths: set[int]) -> tuple[Scheme, str, float]:
+def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Scheme, str, float]:
     """The scheme, what decided for it, and the gain."""
     site, role, rule = candidate.site, candidate.role, candidate.rule
     scheme = scheme_of(rule.scheme) if rule else request.scheme
@@ -407,7 +446,8 @@ def _choose(candidate: Candidate, request: Request, tied_widths: set[int]) -> tu
     gain = scheme.gain if gain is None else gain
     by = rule.pattern if rule else "scheme"
     is_tied_head = _is_tied_head(candidate.aliases)
-    if rule is not None and rule.is_literal and (role is None or role.kind != "weight"):
+    means_others = rule is not None and candidate.is_beside_weights and rule.pattern in model.rules_of_weights
+    if rule is not None and rule.is_literal and not means_others and (role is None or role.kind != "weight"):
         if scheme.fills == "weights":
             assert role is not None  # what is unknown is left alone unless a distribution is given
             raise ValueError(
@@ -419,7 +459,7 @@ def _choose(candidate: Candidate, request: Request, tied_widths: set[int]) -> tu
     if role.kind == "embedding" or (is_tied_head and rule is None):
         if scheme.fills == "any parameter":  # an absolute scale means every table too
             return scheme, by, gain
-        return _table(candidate, scheme, is_tied_head, tied_widths)
+        return _table(candidate, scheme, is_tied_head, model.tied_widths)
     if role.kind == "weight":
         return scheme, by, gain
     if role.kind == "bias":

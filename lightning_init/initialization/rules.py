@@ -18,7 +18,8 @@ class Rule:
 
     A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is taken literally. One whose last
     step is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
-    they get without a rule.
+    they get without a rule. So does a glob that matches weights and others (``*.weight`` also matches the scale of
+    a norm): it speaks of the weights.
 
     Args:
         pattern: glob on the parameter's full name, wrappers removed; ``*`` also matches dots.
@@ -63,6 +64,11 @@ class Rule:
     def is_literal(self) -> bool:
         """Whether the pattern ends in a parameter's name instead of ``*``."""
         return self.pattern.rpartition(".")[2] != "*"
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether the pattern may match more than one parameter."""
+        return any(character in self.pattern for character in "*?[")
 
     def matches(self, *names: str) -> bool:
         """Whether the pattern is, or as a glob matches, one of a parameter's names."""

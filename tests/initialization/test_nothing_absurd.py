@@ -156,3 +156,25 @@ def test_truncated_normal_never_passes_its_bound(std: float, mean: float, cut: f
         distance = (block.double() - mean).abs().max()
         assert float(distance) <= scheme.bound
         assert float(distance) > 0.98 * scheme.bound
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.big, self.norm = nn.Embedding(50, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize("pattern", ["*.weight", "*big*", "big.?*"])
+@pytest.mark.parametrize("scheme", [Normal(0.02), "orthogonal"])
+def test_glob_that_matches_weights_and_others_speaks_of_the_weights(pattern: str, scheme: Normal | str) -> None:
+    if scheme == "orthogonal" and pattern == "*.weight":
+        pytest.skip("a table has no fans, and is an error of its own")
+    report = initialize(Wide(), rules=[Rule(pattern, scheme)])
+    assert report["big.weight"].decided_by == pattern
+    assert report["big.bias"].scheme == "zeros"
+    assert report["norm.weight"].scheme == "ones"
+
+
+def test_rule_that_names_others_alone_means_them() -> None:
+    report = initialize(Wide(), rules=[Rule("*.bias", Normal(0.02)), Rule("norm.weight", Normal(0.02))])
+    assert report["big.bias"].target_std == report["norm.bias"].target_std == report["norm.weight"].target_std == 0.02
