@@ -13,12 +13,12 @@ from rich.console import Console
 
 from lightning_init.callbacks import _lightning
 from lightning_init.checks import check_choice
+from lightning_init.distributed.ranks import all_gather_object
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.plan import MODULE_TYPE_UNKNOWN, make_plan
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.training_signs import signs_of_training
-from lightning_init.initialization.verify import all_gather_object
 from lightning_init.initialization.write import summon_fsdp1_parameters
 from lightning_init.schemes.distributions import Scheme
 from lightning_init.schemes.named import SchemeName

@@ -110,7 +110,7 @@ def _is_no_longer_uniform(assignment: Assignment, role: Role, parts: list[Tensor
 def _parts(assignment: Assignment) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
     shard = local_shard_of(assignment.site.parameter)
-    size = shard.whole_shape.numel() // len(assignment.slices)
+    size = shard.full_shape.numel() // len(assignment.slices)
     flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
     overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(len(assignment.slices))]
     parts = [flat[overlap[0]] for overlap in overlaps if overlap is not None]

@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Sequence
-from typing import TypeVar
 
-import torch.distributed as dist
-
+from lightning_init.distributed.ranks import all_gather_object, is_distributed
 from lightning_init.initialization.draw import Measured
-
-_Answer = TypeVar("_Answer")
 
 
 def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception | None = None) -> list[Measured]:
@@ -48,20 +44,6 @@ def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception
         Measured(totals[3 * i], round(totals[3 * i + 1]), part.checksum, bool(totals[3 * i + 2]))
         for i, part in enumerate(measured)
     ]
-
-
-def is_distributed() -> bool:
-    """Whether there are other ranks to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def all_gather_object(mine: _Answer) -> list[_Answer]:
-    """Every rank's answer, in order of rank; just this one's where there are no others."""
-    if not is_distributed():
-        return [mine]
-    answers: list[_Answer] = [mine] * dist.get_world_size()
-    dist.all_gather_object(answers, mine)
-    return answers
 
 
 def _no_faults(faults: Sequence[str]) -> None:

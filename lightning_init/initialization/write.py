@@ -64,7 +64,7 @@ def _is_computed(site: ParameterSite) -> bool:
 def _jobs(assignment: Assignment, seed: int) -> Iterator[Callable[[], Measured]]:
     """The independent pieces of work that fill one parameter."""
     shard = local_shard_of(assignment.site.parameter)
-    chunks = chunks_of(assignment, seed, shard.whole_shape.numel())
+    chunks = chunks_of(assignment, seed, shard.full_shape.numel())
     is_elementwise = all(isinstance(chunk.initializer, Distribution) for chunk in chunks)
     if is_elementwise and shard.local.is_contiguous() and not shard.local.is_complex():
         for chunk in chunks:
@@ -75,7 +75,7 @@ def _jobs(assignment: Assignment, seed: int) -> Iterator[Callable[[], Measured]]
 
 def _write_whole(assignment: Assignment, chunks: Sequence[DrawChunk], shard: LocalShard) -> Measured:
     """Build all of a parameter's values, then keep what belongs here."""
-    values = shard.take(_whole_parameter(assignment, chunks, shard.whole_shape, shard.local.dtype))
+    values = shard.take(_whole_parameter(assignment, chunks, shard.full_shape, shard.local.dtype))
     shard.local.copy_(values.view(shard.local.shape))
     return measure(values.to(shard.local.dtype), chunks[0].initializer)
 
@@ -174,7 +174,7 @@ def _zero_padding_row(assignment: Assignment) -> None:
     if row is None or len(site.parameter) != len(site.current):
         return
     shard = local_shard_of(site.parameter)
-    width = math.prod(shard.whole_shape[1:])
+    width = math.prod(shard.full_shape[1:])
     overlap = shard.overlap(row * width, (row + 1) * width)
     if overlap is not None:
         shard.local[overlap[0].start // shard.local[0].numel()] = 0
@@ -184,7 +184,7 @@ def _replace_shards_checksum(assignment: Assignment, seed: int, measured: Measur
     """The bits of a shard differ from rank to rank by design: compare the start of its streams instead."""
     shard = local_shard_of(assignment.site.parameter)
     if shard.is_sharded:
-        chunks = chunks_of(assignment, seed, shard.whole_shape.numel())
+        chunks = chunks_of(assignment, seed, shard.full_shape.numel())
         measured.checksum = sum(stream_fingerprint(chunk) for chunk in chunks) % 2**62
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init.distributed.shards import UnitShard, local_part
+from lightning_init.distributed.shards import UnitShard, to_local
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
 from lightning_init.monitor.statistics import STATISTICS, Measured, measures_of
@@ -159,7 +159,7 @@ class ActivationCollector:
         if factor is None:  # torch.autograd.grad inside the forward pass, or a loss.backward() nobody announced
             self.unannounced_gradients += 1
             return
-        local = gradient if type(gradient) is Tensor else local_part(gradient)
+        local = gradient if type(gradient) is Tensor else to_local(gradient)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return
@@ -170,7 +170,7 @@ class ActivationCollector:
     def _record_moments(self, layer: Layer, args: Any, tensor: Tensor) -> None:
         """Record an output's moments, and what else was asked for."""
         dim, shard = self._units.find(layer, args, tensor)
-        local = tensor if type(tensor) is Tensor else local_part(tensor)
+        local = tensor if type(tensor) is Tensor else to_local(tensor)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return

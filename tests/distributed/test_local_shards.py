@@ -80,7 +80,7 @@ def test_local_shard_is_what_dtensor_holds(
 
     shard = local_shard_of(whole)
 
-    assert shard.whole_shape == shape
+    assert shard.full_shape == shape
     assert shard.is_sharded == any(not isinstance(placement, Replicate) for placement in placements)
     assert torch.equal(shard.take(numbered(shape)), held)
     local, of_block = positions_found(shard, Block(start, start + length, 0))
@@ -98,7 +98,7 @@ def test_local_shard_of_rows_is_a_range(mesh: DeviceMesh) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (5,), (4, 3)])
 def test_local_shard_of_a_plain_tensor_is_all_of_it(shape: tuple[int, ...]) -> None:
     shard = local_shard_of(numbered(shape))
-    assert (shard.whole_shape, shard.offset, shard.positions, shard.is_sharded) == (shape, 0, None, False)
+    assert (shard.full_shape, shard.offset, shard.positions, shard.is_sharded) == (shape, 0, None, False)
     assert torch.equal(shard.take(numbered(shape)), numbered(shape).flatten())
 
 
