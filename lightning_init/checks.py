@@ -1,4 +1,4 @@
-"""Errors that say what was given, what is allowed and what was probably meant."""
+"""Checks of arguments, whose errors say what was given, what is allowed and what was probably meant."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
+
+NEAR = 0.6
+"""How much of two names has to be equal for one to be offered for the other: 2·common/(sum of their lengths), where
+``common`` is the number of characters that both have in the same order. At 0.5, "red" would be offered for "green"."""
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
@@ -16,13 +20,24 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """``; did you mean 'relu'?`` for the nearest known name, "" where none is near.
+    """``; did you mean 'relu'?`` for the nearest known name, "" if even that is not near: the end of an error message.
 
     >>> did_you_mean("rellu", ["relu", "tanh"])
     "; did you mean 'relu'?"
     """
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=NEAR)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest_names(given: str, known: Iterable[str], count: int) -> list[str]:
+    """The ``count`` known names that resemble the given one most, the nearest first; all of them if there are fewer.
+
+    There is no limit to their distance, because ``given`` may be a pattern: ``encodr.*`` is not near to any whole name.
+
+    >>> nearest_names("heads.weight", ["norm.bias", "embedding.weight", "head.weight"], 2)
+    ['head.weight', 'embedding.weight']
+    """
+    return difflib.get_close_matches(given, list(known), n=count, cutoff=0.0)
 
 
 def check_positive(what: str, value: float) -> None:

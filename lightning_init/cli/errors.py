@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
 from collections.abc import Iterable
+
+from lightning_init.checks import did_you_mean
 
 
 def explain(message: str, known_keys: Iterable[str] = ()) -> str:
@@ -32,16 +33,6 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
     return _where(message) + line if line else " ".join(message.split())
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """``; did you mean 'x'?``, or nothing where no allowed name is close.
-
-    >>> nearest("he_nrmal", ["he_normal", "zeros"])
-    "; did you mean 'he_normal'?"
-    """
-    match = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean '{match[0]}'?" if match else ""
-
-
 def _where(message: str) -> str:
     """The keys on the way down to the wrong value, as one: ``init.rules.scheme: ``."""
     steps = re.findall(r"""[Pp]arser key ["']([\w.]+)["']""", message)
@@ -52,7 +43,7 @@ def _unknown_key(key: str, known_keys: list[str]) -> str:
     """A key that no parser knows: the nearest whole key, or its first step if that is the misspelt one."""
     heads = [known.partition(".")[0] for known in known_keys]
     head = key.partition(".")[0]
-    return f"unknown option '{key}'{nearest(key, known_keys) if head in heads else nearest(head, heads)}"
+    return f"unknown option '{key}'{did_you_mean(key, known_keys) if head in heads else did_you_mean(head, heads)}"
 
 
 def _unknown_argument(message: str) -> str:
@@ -63,7 +54,7 @@ def _unknown_argument(message: str) -> str:
         return ""
     module, _, name = class_paths[-1].rpartition(".")
     allowed = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-    return f"{name} has no argument '{argument[1]}', only {', '.join(allowed)}{nearest(argument[1], allowed)}"
+    return f"{name} has no argument '{argument[1]}', only {', '.join(allowed)}{did_you_mean(argument[1], allowed)}"
 
 
 def _unknown_class(message: str) -> str:
@@ -71,7 +62,7 @@ def _unknown_class(message: str) -> str:
     missing = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
     if not missing:
         return ""
-    return f"{missing[1]} has no '{missing[2]}'{nearest(missing[2], dir(importlib.import_module(missing[1])))}"
+    return f"{missing[1]} has no '{missing[2]}'{did_you_mean(missing[2], dir(importlib.import_module(missing[1])))}"
 
 
 def _wrong_class(message: str) -> str:
@@ -92,7 +83,7 @@ def _wrong_value(message: str) -> str:
     choices = re.findall(r"Expected a typing\.Literal\[(.*?)\]", expected)
     if choices and value:
         names = re.findall(r"'([^']*)'", choices[-1])
-        return f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}"
+        return f"{value!r} is not one of {', '.join(names)}{did_you_mean(value, names)}"
     if "Expected a dot import path string" in expected:
         return f"{value!r} is neither the import path of a class nor a block of arguments"
     types = sorted(re.findall(r"Expected (?:an? )?<class '(.*?)'>", expected), key="NoneType".__eq__)

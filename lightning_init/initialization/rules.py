@@ -1,13 +1,12 @@
-"""What the user asked for, checked when it is said: rules, the scheme, its gain, the bias."""
+"""What the user asked for (a scheme, its gain, the bias, rules ahead of it), checked when it is given."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from lightning_init.checks import check_choice, check_finite, check_positive
+from lightning_init.checks import check_choice, check_finite, check_positive, nearest_names
 from lightning_init.schemes.distributions import Scheme
 from lightning_init.schemes.gains import gain_of
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
@@ -15,19 +14,19 @@ from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose full name matches a glob get a scheme of their own; the first rule that matches wins.
+    """A scheme for the parameters whose full name matches a pattern; the first rule that matches wins.
 
-    A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is taken literally. One whose last
-    part is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
-    they get without a rule.
+    A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is literal: every parameter that it
+    matches gets the scheme. A pattern that ends in ``.*`` (``encoder.*``), or is ``*``, is about modules: their weights
+    get the scheme, their biases and normalisations what they would get without the rule.
 
     Args:
-        pattern: glob on the parameter's full name, wrappers removed; ``*`` also matches dots.
-        scheme: a name of :data:`SCHEMES`, a scheme object, or ``"keep"``: leave the parameter as it is.
+        pattern: glob on the parameter's full name without wrappers such as ``_orig_mod.``; ``*`` also matches dots.
+        scheme: a name of :data:`SCHEMES`, a scheme object, or ``"keep"``, which leaves the parameter as it is.
         gain: in place of the scheme's own; only for schemes that have a gain.
 
     Raises:
-        ValueError: an empty pattern, an unknown scheme, a gain that is not above 0 or has no meaning.
+        ValueError: an empty pattern, an unknown scheme, a gain that is not above 0, or a gain for a scheme without.
         TypeError: an argument of the wrong type.
 
     >>> Rule("head.weight", "zeros").matches("head.weight")
@@ -40,7 +39,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str) or not self.pattern:
-            raise TypeError(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {self.pattern!r}")
+            error = ValueError if isinstance(self.pattern, str) else TypeError
+            raise error(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {self.pattern!r}")
         if isinstance(self.scheme, str):
             check_choice("Rule(scheme)", self.scheme, ["keep", *SCHEMES])
         if self.scheme == "keep":
@@ -59,20 +59,24 @@ class Rule:
 
     @property
     def is_literal(self) -> bool:
-        """Whether the pattern ends in a parameter's name instead of ``*``."""
+        """Whether the last part of the pattern is a parameter's name, not ``*``."""
         return self.pattern.rpartition(".")[2] != "*"
 
     def matches(self, *names: str) -> bool:
-        """Whether the pattern matches one of a parameter's names."""
+        """Whether the pattern matches one of a parameter's names: a tied or parametrized one has several."""
         return any(fnmatchcase(name, self.pattern) for name in names)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One checked request: a scheme for everything, rules ahead of it, the gain and the bias.
+    """All arguments of one initialisation, checked.
 
-    Raises:
-        ValueError, TypeError: as :class:`Rule`; an unknown activation; a bias that is not finite.
+    Attributes:
+        scheme: for every weight that no rule matches.
+        rules: the first that matches a parameter decides.
+        gain: in place of the scheme's own; None: its own.
+        bias: the value of every bias; None: the scheme's own choice.
+        text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
     scheme: Scheme
@@ -89,7 +93,19 @@ class Request:
         activation: str | None = None,
         bias: float | None = None,
     ) -> Request:
-        """Check what a user gave and turn it into a request."""
+        """Check a user's arguments and turn them into a request.
+
+        Args:
+            scheme: a name of :data:`SCHEMES` or a scheme object.
+            rules: as in :class:`Request`.
+            activation: what the gain is made for, such as ``gelu``; None: the scheme's own gain.
+            bias: as in :class:`Request`.
+
+        Raises:
+            ValueError: an unknown scheme or activation, an activation for a scheme without a gain, a bias that is not
+                finite.
+            TypeError: an argument of the wrong type, such as one Rule where a list of them is meant.
+        """
         chosen = scheme_of(scheme)
         gain = None
         if activation is not None:
@@ -105,10 +121,14 @@ class Request:
         return next((rule for rule in self.rules if rule.matches(*names)), None)
 
     def check_all_used(self, names: Sequence[str]) -> None:
-        """Raise ValueError, naming the nearest parameter, if a rule matches none of the names."""
+        """Raise ValueError if a rule matches no parameter: its pattern is probably misspelt.
+
+        Args:
+            names: all names of all parameters of the model.
+        """
         for rule in self.rules:
             if not any(rule.matches(name) for name in names):
-                near = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.0)
+                near = nearest_names(rule.pattern, names, 3)
                 raise ValueError(
                     f"rule {rule.pattern!r} matches none of the model's {len(names)} parameters; "
                     f"nearest names: {', '.join(near) or 'none'}"
@@ -116,7 +136,12 @@ class Request:
 
 
 def check_takes_gain(scheme: Scheme, what: str) -> None:
-    """Raise ValueError where a gain was given to a scheme that has none."""
+    """Raise ValueError, listing the schemes with a gain, if ``scheme`` has none.
+
+    Args:
+        scheme: what a gain was given to.
+        what: the argument that gave it, for the message: ``Rule(gain)`` or ``activation``.
+    """
     if not scheme.takes_gain:
         able = [name for name, known in SCHEMES.items() if known.takes_gain]
         raise ValueError(
@@ -128,13 +153,13 @@ def _checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
     if rules is None:
         return ()
     if not isinstance(rules, Iterable):
-        raise _no_rule(rules)
+        raise _not_rules(rules)
     given = tuple(rules)
     for rule in given:
         if not isinstance(rule, Rule):
-            raise _no_rule(rule)
+            raise _not_rules(rule)
     return given
 
 
-def _no_rule(given: object) -> TypeError:
+def _not_rules(given: object) -> TypeError:
     return TypeError(f"rules is a list of Rule(pattern, scheme), got {given!r} of type {type(given).__name__}")

@@ -1,4 +1,4 @@
-"""What a user asks for is checked when it is said, with texts that say what to do."""
+"""A request is checked when it is made; its errors say what to do."""
 
 from __future__ import annotations
 
@@ -69,10 +69,15 @@ def test_rules_first_match_wins() -> None:
     [
         (
             lambda: Rule("", "zeros"),
-            TypeError,
+            ValueError,
             "Rule(pattern) is a glob on parameter names such as 'encoder.*', got ''",
         ),
         (lambda: Rule(3, "zeros"), TypeError, "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3"),
+        (
+            lambda: Rule(None, "zeros"),
+            TypeError,
+            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got None",
+        ),
         (
             lambda: Rule("a", "keeep"),
             ValueError,
