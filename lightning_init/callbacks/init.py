@@ -80,7 +80,7 @@ class InitCallback(Callback):
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
         _lightning.move_ahead_of_finders(trainer, self)
-        _lightning.watch_for_meta(pl_module)
+        _lightning.start_meta_watch(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
