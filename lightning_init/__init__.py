@@ -21,18 +21,11 @@ if TYPE_CHECKING:  # the same names once more, where type checkers and editors l
     from lightning_init.introspect.roles import fans_of, register
     from lightning_init.monitor.observe import observe
     from lightning_init.monitor.statistics import Histogram, LayerStats, StatName
-    from lightning_init.schemes.distributions import Constant, Distribution, Normal, Scheme, TruncatedNormal, Uniform
+    from lightning_init.schemes.distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
     from lightning_init.schemes.fans import Fans
     from lightning_init.schemes.gains import gain_of
-    from lightning_init.schemes.named import (
-        SCHEMES,
-        FanScheme,
-        SchemeName,
-        Siren,
-        SmallInit,
-        TorchDefault,
-        VarianceScaling,
-    )
+    from lightning_init.schemes.named import SCHEMES, SchemeName, TorchDefault
+    from lightning_init.schemes.scheme import Initializer, Scheme
     from lightning_init.schemes.structured import (
         DeltaOrthogonal,
         DrawNormal,
@@ -43,6 +36,7 @@ if TYPE_CHECKING:  # the same names once more, where type checkers and editors l
         StructuredScheme,
         ZerO,
     )
+    from lightning_init.schemes.variance_scaling import FanScheme, Siren, SmallInit, VarianceScaling
 
 __version__ = "0.1.0"
 
@@ -58,13 +52,15 @@ _HOMES = {
     "introspect.roles": ["fans_of", "register"],
     "monitor.observe": ["observe"],
     "monitor.statistics": ["Histogram", "LayerStats", "StatName"],
-    "schemes.distributions": ["Constant", "Distribution", "Normal", "Scheme", "TruncatedNormal", "Uniform"],
+    "schemes.distributions": ["Constant", "Distribution", "Normal", "TruncatedNormal", "Uniform"],
     "schemes.fans": ["Fans"],
     "schemes.gains": ["gain_of"],
-    "schemes.named": ["SCHEMES", "FanScheme", "SchemeName", "Siren", "SmallInit", "TorchDefault", "VarianceScaling"],
+    "schemes.named": ["SCHEMES", "SchemeName", "TorchDefault"],
+    "schemes.scheme": ["Initializer", "Scheme"],
     "schemes.structured": [
         *("DeltaOrthogonal", "DrawNormal", "Identity", "Matrix", "Orthogonal", "Sparse", "StructuredScheme", "ZerO"),
     ],
+    "schemes.variance_scaling": ["FanScheme", "Siren", "SmallInit", "VarianceScaling"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -84,6 +80,7 @@ __all__ = [
     "InitCLI",
     "InitCallback",
     "InitReport",
+    "Initializer",
     "LayerStats",
     "Matrix",
     "Normal",

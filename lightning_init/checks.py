@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors say what was given, what is allowed and what was probably meant."""
+"""Errors that say what was given, what is allowed and what was probably meant."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import difflib
 import math
 import numbers
 from collections.abc import Iterable
-
-NEAR = 0.6
-"""How much of two names has to be equal for one to be offered for the other: 2·common/(sum of their lengths), where
-``common`` is the number of characters that both have in the same order. At 0.5, "red" would be offered for "green"."""
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
@@ -20,24 +16,29 @@ def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """``; did you mean 'relu'?`` for the nearest known name, "" if even that is not near: the end of an error message.
+    """``; did you mean 'relu'?`` for the nearest known name, "" where none is near.
 
     >>> did_you_mean("rellu", ["relu", "tanh"])
     "; did you mean 'relu'?"
     """
-    near = difflib.get_close_matches(given, list(known), n=1, cutoff=NEAR)
+    near = nearest_names(given, known, at_most=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def nearest_names(given: str, known: Iterable[str], count: int) -> list[str]:
-    """The ``count`` known names that resemble the given one most, the nearest first; all of them if there are fewer.
+def nearest_names(given: str, known: Iterable[str], *, at_most: int, however_far: bool = False) -> list[str]:
+    """The known names most like ``given``, the nearest first.
 
-    There is no limit to their distance, because ``given`` may be a pattern: ``encodr.*`` is not near to any whole name.
+    Args:
+        given: what was asked for.
+        known: what there is.
+        at_most: how many names.
+        however_far: also names that have nothing in common with it; else only such as have most letters in common.
 
-    >>> nearest_names("heads.weight", ["norm.bias", "embedding.weight", "head.weight"], 2)
-    ['head.weight', 'embedding.weight']
+    >>> nearest_names("net.1.wieght", ["net.0.bias", "net.1.weight", "net.1.bias"], at_most=2)
+    ['net.1.weight', 'net.1.bias']
     """
-    return difflib.get_close_matches(given, list(known), n=count, cutoff=0.0)
+    # 2·common/(sum of both lengths) has to be 0.6, difflib's own default: at 0.5, "red" would be offered for "green".
+    return difflib.get_close_matches(given, list(known), n=at_most, cutoff=0.0 if however_far else 0.6)
 
 
 def check_positive(what: str, value: float) -> None:
@@ -53,8 +54,8 @@ def check_finite(what: str, value: float) -> None:
 
 
 def check_integer(what: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is an integer; True and False are none."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    """Raise TypeError unless ``value`` is an integer, NumPy's included; True and False are none."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{what} must be an integer, got {value!r} of type {type(value).__name__}")
 
 

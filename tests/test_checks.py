@@ -42,10 +42,10 @@ def test_did_you_mean_finds_the_nearest_name() -> None:
 
 def test_nearest_names_come_in_order_of_their_distance() -> None:
     names = ["head.bias", "encoder.weight", "head.weight", "norm.scale"]
-    assert nearest_names("heads.weight", iter(names), 2) == ["head.weight", "encoder.weight"]
-    assert nearest_names("heads.*", names, 1) == ["head.bias"]  # no whole name is near to a pattern
-    assert set(nearest_names("x", names, 9)) == set(names)
-    assert nearest_names("heads.weight", [], 3) == []
+    assert nearest_names("heads.weight", iter(names), at_most=3) == ["head.weight", "encoder.weight"]
+    assert nearest_names("heads.weight", names, at_most=1) == ["head.weight"]
+    assert nearest_names("heads.weight", [], at_most=3) == []
+    assert set(nearest_names("x", names, at_most=9, however_far=True)) == set(names)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1e-300, -math.inf, math.inf, math.nan])

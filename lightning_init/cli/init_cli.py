@@ -14,7 +14,7 @@ from lightning_init.callbacks.init import InitCallback
 from lightning_init.callbacks.monitor import ActivationVarianceMonitor
 from lightning_init.cli.errors import explain
 from lightning_init.initialization.rules import Rule
-from lightning_init.schemes.distributions import Scheme
+from lightning_init.schemes.scheme import Scheme
 
 BLOCKS: dict[str, type[Callback]] = {"init": InitCallback, "monitor": ActivationVarianceMonitor}
 """The keys that this CLI adds to ``trainer``, ``model`` and ``data``, and the callback that each one makes."""

@@ -112,7 +112,7 @@ class UnitShard(NamedTuple):
     total: int
 
 
-def to_local(tensor: Tensor) -> Tensor | None:
+def local_numbers(tensor: Tensor) -> Tensor | None:
     """This rank's part of a DTensor; a plain tensor as it is; None for partial sums, which ranks still have to add.
 
     The numbers of a partial sum exist on no rank, and adding them up would be a collective inside a hook, for which

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from lightning_init.initialization.reasons import Reason
 from lightning_init.schemes.fans import Fans
 
 LINES = 10
@@ -40,7 +41,8 @@ class Entry:
         measured_std: the same of the values that were written.
         tolerance: largest difference between the two that sampling (5 standard errors) and rounding explain;
             infinite where a parametrization turns the values into others, as spectral_norm does.
-        reason: why the parameter was left alone; "" where it was drawn.
+        left: the kind of reason for which the parameter was left alone; None where it was drawn.
+        reason: the same in words; "" where it was drawn.
         advice: the line to paste that would have it drawn, where its module type is not known.
     """
 
@@ -55,8 +57,14 @@ class Entry:
     target_std: float | None = None
     measured_std: float | None = None
     tolerance: float = 0.0
+    left: Reason | None = None
     reason: str = ""
     advice: str = ""
+
+    @property
+    def rule(self) -> str:
+        """The former name of ``decided_by``."""
+        return self.decided_by
 
     @property
     def is_off(self) -> bool:
@@ -81,12 +89,12 @@ class InitReport:
     @property
     def drawn(self) -> tuple[Entry, ...]:
         """The parameters that got new values."""
-        return tuple(entry for entry in self.entries if not entry.reason)
+        return tuple(entry for entry in self.entries if entry.left is None)
 
     @property
     def left_alone(self) -> tuple[Entry, ...]:
         """The parameters that kept theirs, each with its reason."""
-        return tuple(entry for entry in self.entries if entry.reason)
+        return tuple(entry for entry in self.entries if entry.left is not None)
 
     def __getitem__(self, name: str) -> Entry:
         """The entry of a parameter, by its full name."""
@@ -144,9 +152,12 @@ class InitReport:
             # As Text, so that a pattern's [abc] is no markup; unwrapped, so that ten groups are ten lines.
             table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
         yield table
-        advice = sorted({entry.advice for entry in self.entries if entry.advice})
-        if advice:
-            yield Text("To draw what is unknown: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
+        for what, is_meant in (("is unknown", False), ("its author set", True)):
+            advice = sorted(
+                {e.advice for e in self.entries if e.advice and (e.left is Reason.SET_BY_AUTHOR) == is_meant}
+            )
+            if advice:
+                yield Text(f"To draw what {what}: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
 
     def __str__(self) -> str:
         """The console's table as plain text."""
@@ -172,21 +183,14 @@ def _grouped(entries: Iterable[Entry]) -> list[list[Entry]]:
     """Entries of one module type, rule, scheme and reason together; those left alone first, so they are seen."""
     groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        key = (entry.module_type, entry.decided_by, entry.scheme, entry.gain, _kind_of_reason(entry))
+        key = (entry.module_type, entry.decided_by, entry.scheme, entry.gain, entry.left)
         groups.setdefault(key, []).append(entry)
-    return sorted(groups.values(), key=lambda group: (not group[0].reason, -len(group)))
-
-
-def _kind_of_reason(entry: Entry) -> str:
-    """The reason in a few words, without the name of the one parameter it speaks of."""
-    kinds = ("tied", "written together", "frozen together")
-    short = entry.reason.split(":")[0].removeprefix("module ")
-    return next((kind for kind in kinds if entry.reason.startswith(kind)), short)
+    return sorted(groups.values(), key=lambda group: (group[0].left is None, -len(group)))
 
 
 def _group_row(group: Sequence[Entry]) -> tuple[str, ...]:
     first = group[0]
-    what = f"left: {_kind_of_reason(first)}" if first.reason else first.scheme
+    what = first.scheme if first.left is None else f"left: {first.left.value}"
     if first.decided_by not in ("", "scheme"):
         what += f" ({first.decided_by})"
     gain = "" if first.gain is None else f"{first.gain:.3g}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from lightning_init.checks import check_choice, check_finite, check_positive, nearest_names
-from lightning_init.schemes.distributions import Scheme
 from lightning_init.schemes.gains import gain_of
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
+from lightning_init.schemes.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,11 @@ class Rule:
     gain: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str) or not self.pattern:
-            error = ValueError if isinstance(self.pattern, str) else TypeError
-            raise error(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {self.pattern!r}")
+        if not isinstance(self.pattern, str):
+            given = f"{self.pattern!r} of type {type(self.pattern).__name__}"
+            raise TypeError(f"Rule(pattern) is a glob on parameter names such as 'encoder.*', got {given}")
+        if not self.pattern:
+            raise ValueError("Rule(pattern) is empty; it is a glob on parameter names such as 'encoder.*'")
         if isinstance(self.scheme, str):
             check_choice("Rule(scheme)", self.scheme, ["keep", *SCHEMES])
         if self.scheme == "keep":
@@ -63,8 +65,8 @@ class Rule:
         return self.pattern.rpartition(".")[2] != "*"
 
     def matches(self, *names: str) -> bool:
-        """Whether the pattern matches one of a parameter's names: a tied or parametrized one has several."""
-        return any(fnmatchcase(name, self.pattern) for name in names)
+        """Whether the pattern is, or as a glob matches, one of a parameter's names."""
+        return any(name == self.pattern or fnmatchcase(name, self.pattern) for name in names)
 
 
 @dataclass(frozen=True)
@@ -120,18 +122,28 @@ class Request:
         """The first rule that matches one of a parameter's names."""
         return next((rule for rule in self.rules if rule.matches(*names)), None)
 
-    def check_all_used(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a rule matches no parameter: its pattern is probably misspelt.
+    def check_all_used(self, parameters: Sequence[Sequence[str]]) -> None:
+        """Raise ValueError if a rule matches no parameter, or none that an earlier rule leaves to it.
 
         Args:
-            names: all names of all parameters of the model.
+            parameters: the names of each, as stored and as read, and those it is tied to.
         """
+        names = list(dict.fromkeys(name for of_one in parameters for name in of_one))
+        winners = {id(self.rule_for(*of_one)) for of_one in parameters}
         for rule in self.rules:
             if not any(rule.matches(name) for name in names):
-                near = nearest_names(rule.pattern, names, 3)
+                near = nearest_names(rule.pattern, names, at_most=3, however_far=True)
                 raise ValueError(
                     f"rule {rule.pattern!r} matches none of the model's {len(names)} parameters; "
                     f"nearest names: {', '.join(near) or 'none'}"
+                )
+            if id(rule) not in winners:
+                of_one = next(of_one for of_one in parameters if rule.matches(*of_one))
+                first = self.rule_for(*of_one)
+                assert first is not None
+                raise ValueError(
+                    f"rule {rule.pattern!r} never applies: rule {first.pattern!r} stands before it and matches the "
+                    "same parameters; the first rule that matches wins, so put the narrower one first"
                 )
 
 
@@ -153,13 +165,13 @@ def _checked(rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
     if rules is None:
         return ()
     if not isinstance(rules, Iterable):
-        raise _not_rules(rules)
+        raise _no_rule(rules)
     given = tuple(rules)
     for rule in given:
         if not isinstance(rule, Rule):
-            raise _not_rules(rule)
+            raise _no_rule(rule)
     return given
 
 
-def _not_rules(given: object) -> TypeError:
+def _no_rule(given: object) -> TypeError:
     return TypeError(f"rules is a list of Rule(pattern, scheme), got {given!r} of type {type(given).__name__}")

@@ -35,14 +35,14 @@ class Key:
 
     seed: int
     name: str
-    part: str = ""
+    slice_name: str = ""
 
     def generator(self, block: int = 0) -> torch.Generator:
         """A CPU generator whose whole state (624 words) is SHAKE-256 of the key and the block number.
 
         ``manual_seed`` keeps only 32 bits, so that large models would hold equal blocks; 19,968 bits do not collide.
         """
-        text = json.dumps([self.seed, self.name, self.part, block]).encode()
+        text = json.dumps([self.seed, self.name, self.slice_name, block]).encode()
         words = torch.frombuffer(bytearray(hashlib.shake_256(text).digest(624 * 4)), dtype=torch.int32)
         generator = torch.Generator()
         state = generator.get_state()

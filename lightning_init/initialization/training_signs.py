@@ -8,39 +8,51 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_init.distributed.shards import local_shard_of
-from lightning_init.initialization.plan import Assignment
+from lightning_init.findings import Finding
+from lightning_init.initialization.plan import Candidate
 from lightning_init.introspect.names import clean_name
+from lightning_init.introspect.normalization import batches_tracked
 from lightning_init.introspect.role import Role
+from lightning_init.introspect.torch_roles import other_bias_draws
 from lightning_init.schemes.distributions import Constant, Uniform
 
 NEXT_TO_ZERO = 1e-5
 """Some libraries draw fresh biases with a std of 1e-6; one optimizer step moves them further."""
 
 MAX_INSPECTED = 1 << 21
-"""Elements of a parameter that are looked at, at most: copies of them are 8 MiB each."""
+"""Elements of a parameter that are inspected, at most: a copy of them is 8 MiB."""
 
 SIGMAS = 5
 """How many standard errors are still chance."""
 
-TRUNCATED_KURTOSIS = 2.366
-"""Of a normal distribution cut at ±2 std, with a standard error of 2.2/√n; a uniform one has 1.8."""
+STD_SLACK = 0.01
+"""Relative difference of a std that says nothing even where chance is smaller: authors round their bounds."""
+
+TRUNCATED_KURTOSIS, TRUNCATED_KURTOSIS_ERROR = 2.366, 2.2
+"""Kurtosis of a normal distribution cut at ±2 std, and √n times its standard error; a uniform one has 1.8."""
 
 MIN_ELEMENTS = 200
 """The largest of fewer values says little about the interval they are from."""
 
+MAX_BLURRED_STD = 0.5
+"""Relative growth of a uniform draw's std beyond which it is another draw, not one whose edges moved."""
 
-def signs_of_training(assignments: list[Assignment], model: nn.Module) -> list[str]:
-    """What a fresh model would not have, in words; empty for a fresh one.
+FIRST_STEPS = 1.02
+"""Factor by which a few training steps move the largest value beyond its bound, at most."""
 
-    Only parameters about to be drawn count: what is kept cannot be lost. Looked for are
+LARGEST_GAP = 8
+"""The largest of n values from ±w is above (1 - 8/n)·w but for a probability of e⁻⁸ = 3e-4."""
+
+
+def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list[Finding]:
+    """What a fresh model would not have, as findings ``trained_weights``; none for a fresh one.
+
+    Only parameters about to be drawn count: what is kept cannot be lost. The signs are
 
     - norms, PReLUs and biases that start constant and no longer are;
     - batch norms that have seen batches;
@@ -52,69 +64,141 @@ def signs_of_training(assignments: list[Assignment], model: nn.Module) -> list[s
     else it holds is its author's draw. What an author drew for all biases of a module cannot be told from training.
     A normal draw without biases or norms around it hides a few steps; nothing in the values can show them.
     """
-    modules: dict[int, list[Assignment]] = defaultdict(list)
-    for assignment in assignments:
-        if (
-            assignment.is_drawn
-            and assignment.site.storage in ("itself", "recomputed")
-            and not assignment.site.parameter.is_meta
-        ):
-            modules[id(assignment.site.module)].append(assignment)
+    by_module: dict[int, list[Candidate]] = defaultdict(list)
+    for candidate in candidates:
+        site = candidate.site
+        can_be_lost = candidate.why_left is None and not candidate.is_empty
+        if can_be_lost and not site.is_computed and not site.parameter.is_meta:
+            by_module[id(site.module)].append(candidate)
     paths = {id(module): clean_name(model, path) for path, module in model.named_modules()}
-    touched = {key: steps for key, steps in modules.items() if not any(map(_is_still_constant, steps))}
-    statistics = [sign for key, steps in touched.items() for sign in _statistics(steps[0].site.module, paths[key])]
-    return statistics + [text for assignment in chain(*touched.values()) for text in _parameter_signs(assignment)]
+    touched = {key: held for key, held in by_module.items() if not any(map(_is_still_constant, held))}
+    batch_counts = [
+        Finding("trained_weights", paths[key], text)
+        for key, held in touched.items()
+        for text in _batch_count(held[0].site.module, paths[key])
+    ]
+    return batch_counts + [
+        Finding("trained_weights", paths[key], text)
+        for key, held in touched.items()
+        for candidate in held
+        for text in _parameter_signs(candidate, held)
+    ]
 
 
-def _is_still_constant(assignment: Assignment) -> bool:
+def _is_still_constant(candidate: Candidate) -> bool:
     """Whether each slice of this parameter has one value, and more than one element."""
-    parts = _parts(assignment)
-    return any(part.numel() > 1 for part in parts) and all(map(_is_constant, parts))
+    slices = _slices_of(candidate)
+    return any(values.numel() > 1 for values in slices) and all(map(_is_constant, slices))
 
 
-def _statistics(module: nn.Module, path: str) -> Iterator[str]:
+def _batch_count(module: nn.Module, path: str) -> Iterator[str]:
     """A batch norm that has counted batches."""
-    count = module._buffers.get("num_batches_tracked")
-    if count is not None and not count.is_meta and int(count) > 0:
-        yield f"{path}{'.' if path else ''}num_batches_tracked is {int(count)}"
+    count = batches_tracked(module)
+    if count:
+        yield f"{path}{'.' if path else ''}num_batches_tracked is {count}"
 
 
-def _parameter_signs(assignment: Assignment) -> Iterator[str]:
-    """At most one sign for one parameter."""
-    role, parts = assignment.role, _parts(assignment)
-    if role is None or not parts:
+def _parameter_signs(candidate: Candidate, held: Sequence[Candidate]) -> Iterator[str]:
+    """At most one sign for one parameter of a module that holds ``held``."""
+    role, slices, site = candidate.role, _slices_of(candidate), candidate.site
+    if role is None or not slices:
         return
-    values = torch.cat(parts)
-    span = f"{assignment.name} ({float(values.min()):.6g} … {float(values.max()):.6g})"
+    values = torch.cat(slices)
+    span = f"{site.stored_fqn} ({float(values.min()):.6g} … {float(values.max()):.6g})"
     if role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
-        if any(not _is_constant(part) and float(part.abs().max()) > NEXT_TO_ZERO for part in parts):
-            yield f"{span} is not constant, as a fresh {type(assignment.site.module).__name__}'s is"
-    elif _is_no_longer_uniform(assignment, role, parts):
+        if any(not _is_constant(one) and float(one.abs().max()) > NEXT_TO_ZERO for one in slices):
+            yield f"{span} is not constant, as a fresh {type(site.module).__name__}'s is"
+    elif _is_no_longer_uniform(candidate, role, slices, held):
         assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
-    elif role.kind in ("weight", "embedding") and _inputs_differ(assignment, role):
+    elif role.kind in ("weight", "embedding") and _inputs_differ(candidate, role):
         what = "rows" if role.kind == "embedding" else "input columns"
-        yield f"{assignment.name}: its {what} differ in size by more than chance"
+        yield f"{site.stored_fqn}: its {what} differ in size by more than chance"
 
 
-def _is_no_longer_uniform(assignment: Assignment, role: Role, parts: list[Tensor]) -> bool:
+def _is_no_longer_uniform(candidate: Candidate, role: Role, slices: list[Tensor], held: Sequence[Candidate]) -> bool:
     """Whether a bias or a weight that its module draws uniformly has moved on; real numbers only."""
-    if not isinstance(role.default, Uniform) or assignment.site.parameter.is_complex():
+    if not isinstance(role.default, Uniform) or candidate.site.parameter.is_complex():
         return False
     if role.kind == "bias":
-        usual = [role.default, *_by_true_fan_in(assignment.site.module)]
-        return all(any(_bias_has_moved(part, draw) for part in parts) for draw in usual)
-    return role.kind == "weight" and _has_left(torch.cat(parts), role.default, assignment)
+        usual = [role.default, *other_bias_draws(candidate.site.module)]
+        beyond = max(float(one.abs().max()) for one in slices) - role.default.high
+        if any(
+            _is_spared(other, beyond) or _is_drawn_like(slices, role.default, other)
+            for other in held
+            if other is not candidate
+        ):
+            return False
+        return all(any(_bias_has_moved(one, draw) for one in slices) for draw in usual)
+    return role.kind == "weight" and _has_left(torch.cat(slices), role.default, candidate.site.parameter.shape)
 
 
-def _parts(assignment: Assignment) -> list[Tensor]:
-    """What this process holds of each slice, flat and in float32; the other ranks look at theirs."""
-    shard = local_shard_of(assignment.site.parameter)
-    size = shard.full_shape.numel() // len(assignment.slices)
+def is_as_reset(candidate: Candidate) -> bool:
+    """Whether a weight still is what its module draws: uniform, up to its bound, and nowhere beyond.
+
+    A training step of every element moves some of them beyond.
+    """
+    role = candidate.role
+    if role is None or role.kind != "weight" or not isinstance(role.default, Uniform) or candidate.shard is None:
+        return False
+    slices = _slices_of(candidate)
+    values = torch.cat(slices) if slices else torch.empty(0)
+    if values.numel() < MIN_ELEMENTS:
+        return False
+    largest = float(values.abs().max())
+    bound = role.default.high * _rounding(values)
+    return (1 - LARGEST_GAP / values.numel()) * role.default.high < largest <= bound and _has_spread_of(
+        values, role.default
+    )
+
+
+def _is_spared(weight: Candidate, moved: float) -> bool:
+    """Whether a weight is as its module drew it, though training that moves a bias that far would have shown in it.
+
+    Steps of a tenth of ``moved`` take n·moved/10/(2·bound) of n uniform elements beyond the bound.
+    """
+    if not is_as_reset(weight) or weight.role is None or not isinstance(weight.role.default, Uniform):
+        return False
+    count = sum(one.numel() for one in _slices_of(weight))
+    return count * moved / (20 * weight.role.default.high) > LARGEST_GAP
+
+
+def _is_drawn_like(slices: list[Tensor], own: Uniform, other: Candidate) -> bool:
+    """Whether a bias looks drawn by its author together with a weight.
+
+    Either the weight is uniform with sharp edges, which training blurs, and the bias fills them, though they are not
+    those of ``own``, what its module draws; or both are normal and equally wide.
+    """
+    if other.role is None or other.role.kind != "weight" or other.shard is None:
+        return False
+    weights = _slices_of(other)
+    if not weights or not isinstance(other.role.default, Uniform):
+        return False
+    values, weight = torch.cat(slices), torch.cat(weights)
+    if weight.numel() < MIN_ELEMENTS or _has_spread_of(weight, other.role.default):
+        return False  # the module's own draw; training leaves a bias as wide as the weight there
+    largest = float(weight.abs().max())
+    edges = Uniform(-largest, largest)
+    if _is_of_kurtosis(weight, edges.kurtosis) and _has_spread_of(weight, edges):
+        lowest = max(0.5, 1 - LARGEST_GAP / values.numel()) * largest
+        beyond = own.high * FIRST_STEPS if own.high < largest else 0.0
+        return max(lowest, beyond) < float(values.abs().max()) <= largest * _rounding(values)
+    ratio = float(values.square().mean().sqrt() / weight.square().mean().sqrt())
+    is_as_wide = abs(ratio - 1) < SIGMAS / math.sqrt(2 * values.numel()) + STD_SLACK
+    is_centred = float(values.mean().abs()) < SIGMAS * float(values.std()) / math.sqrt(values.numel())
+    are_normal = values.numel() >= MIN_ELEMENTS and all(_is_of_kurtosis(one, 3.0) for one in (values, weight))
+    return are_normal and is_as_wide and is_centred
+
+
+def _slices_of(candidate: Candidate) -> list[Tensor]:
+    """What this process holds of each slice, flat and in float32; the other ranks have theirs."""
+    assert candidate.shard is not None
+    shard, count = candidate.shard, len(candidate.role.slices) if candidate.role else 1
+    size = shard.full_shape.numel() // count
     flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
-    overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(len(assignment.slices))]
-    parts = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
-    return [part for part in parts if part.numel()]
+    overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(count)]
+    held = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
+    return [values for values in held if values.numel()]
 
 
 def _leading_rows(values: Tensor) -> Tensor:
@@ -141,40 +225,33 @@ def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
     return beyond or not _has_spread_of(values, drawn_from)
 
 
-def _by_true_fan_in(module: nn.Module) -> Iterator[Uniform]:
-    """What authors draw a transposed convolution's bias from who divide by its inputs; torch divides by outputs."""
-    if isinstance(module, _ConvTransposeNd):
-        bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
-        yield Uniform(-bound, bound)
-
-
-def _has_left(values: Tensor, drawn_from: Uniform, assignment: Assignment) -> bool:
+def _has_left(values: Tensor, drawn_from: Uniform, shape: torch.Size) -> bool:
     """Whether values were drawn from this uniform distribution and some have left its interval since.
 
     Training blurs the edges: beyond the bound there are values, but fewer than if the whole interval had been
     wider, which is what an author's own draw looks like. A few values cannot tell one from the other; then an
     author's draw is taken for one if it is from the formulas of ``torch.nn.init``.
     """
-    rounding, count = _rounding(values), values.numel()
+    rounding, n = _rounding(values), values.numel()
     bound, largest = drawn_from.high * rounding, float(values.abs().max())
-    if largest <= bound or count < MIN_ELEMENTS:
+    if largest <= bound or n < MIN_ELEMENTS:
         return False
-    spread = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
-    chance = SIGMAS * drawn_from.sampling_error(count) + 0.01
+    growth = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
+    chance = SIGMAS * drawn_from.sampling_error(n) + STD_SLACK
     beyond = int((values.abs() > bound).sum())
-    expected = max(0.0, count * (1 - bound * rounding**2 / largest))
-    if beyond < expected - SIGMAS * math.sqrt(expected):
-        is_flat = _kurtosis(values) < TRUNCATED_KURTOSIS - SIGMAS * 2.2 / math.sqrt(count)
-        return is_flat and -chance < spread < 0.5
-    if largest > 1.02 * bound or expected > 4 * SIGMAS**2:  # enough to tell half of it
+    if_wider = max(0.0, n * (1 - bound * rounding**2 / largest))  # that many of n, from an interval up to the largest
+    if beyond < if_wider - SIGMAS * math.sqrt(if_wider):
+        limit = TRUNCATED_KURTOSIS - SIGMAS * TRUNCATED_KURTOSIS_ERROR / math.sqrt(n)
+        return _kurtosis(values) < limit and -chance < growth < MAX_BLURRED_STD
+    can_tell_half = if_wider / 2 > SIGMAS * math.sqrt(if_wider)  # half as many would have shown above
+    if largest > FIRST_STEPS * bound or can_tell_half:
         return False
-    fresh = (width * (1 - 8 / count) < largest <= width * rounding for width in _usual_bounds(assignment))
-    return abs(spread) < chance and not any(fresh)
+    fresh = (width * (1 - LARGEST_GAP / n) < largest <= width * rounding for width in _usual_bounds(shape))
+    return abs(growth) < chance and not any(fresh)
 
 
-def _usual_bounds(assignment: Assignment) -> Iterator[float]:
+def _usual_bounds(shape: torch.Size) -> Iterator[float]:
     """Half widths that ``torch.nn.init`` gives a weight of this shape: Xavier's and Kaiming's, with usual gains."""
-    shape = assignment.site.parameter.shape
     taps = math.prod(shape[2:])
     fan_in, fan_out = shape[1] * taps, shape[0] * taps
     for gain in (1.0, math.sqrt(2), 5 / 3):
@@ -187,10 +264,15 @@ def _kurtosis(values: Tensor) -> float:
     return float(squares.square().mean() / squares.mean().square())
 
 
+def _is_of_kurtosis(values: Tensor, kurtosis: float) -> bool:
+    """Whether the measured kurtosis is this one within chance, √(24/n) for a normal draw and less for a flatter one."""
+    return abs(_kurtosis(values) - kurtosis) < SIGMAS * math.sqrt(24 / values.numel()) * kurtosis / 3
+
+
 def _has_spread_of(values: Tensor, drawn_from: Uniform) -> bool:
     """Whether the measured std is the distribution's, within the standard error and 1 %."""
-    spread = float(values.square().mean().sqrt()) / drawn_from.target_std
-    return abs(spread - 1) < SIGMAS * drawn_from.sampling_error(values.numel()) + 0.01
+    growth = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
+    return abs(growth) < SIGMAS * drawn_from.sampling_error(values.numel()) + STD_SLACK
 
 
 def _rounding(values: Tensor) -> float:
@@ -200,14 +282,15 @@ def _rounding(values: Tensor) -> float:
     return 1 + torch.finfo(held_by).eps / 2
 
 
-def _inputs_differ(assignment: Assignment, role: Role) -> bool:
+def _inputs_differ(candidate: Candidate, role: Role) -> bool:
     """Whether some inputs of a weight matrix (rows of a lookup table) are larger than others beyond chance.
 
     In a draw whose elements are alike, the mean squares of C columns of n elements vary by (kurtosis - 1)·s⁴/n,
     measured with a relative standard error of √(2/(C - 1)). Training enlarges the inputs that matter. Outputs are not
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
-    local = _magnitudes(_leading_rows(local_shard_of(assignment.site.parameter).local))
+    assert candidate.shard is not None
+    local = _magnitudes(_leading_rows(candidate.shard.local))
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)

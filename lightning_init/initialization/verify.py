@@ -1,13 +1,41 @@
-"""Whether all ranks hold the same: one collective after drawing, and one question before it."""
+"""Whether all ranks hold the same weights, and whether all of them got that far."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
 from collections.abc import Sequence
+from typing import TypeVar
 
 from lightning_init.distributed.ranks import all_gather_object, is_distributed
 from lightning_init.initialization.draw import Measured
+
+_Answer = TypeVar("_Answer")
+
+
+def gather_or_raise(mine: _Answer, failure: Exception | None) -> list[_Answer]:
+    """What every rank gives, in order of rank; or an exception on all ranks if one of them has failed.
+
+    Args:
+        mine: what this rank gives.
+        failure: what went wrong on this rank, if anything did.
+
+    Raises:
+        Exception: ``failure`` itself, on the rank that has one.
+        RuntimeError: on every other rank, naming the first that has failed.
+    """
+    if not is_distributed():  # a traceback that ends where the failure was, and no text made of it
+        if failure is not None:
+            raise failure
+        return [mine]
+    fault = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    answers = all_gather_object((fault, mine))
+    if failure is not None:
+        raise failure
+    for rank, (their_fault, _) in enumerate(answers):
+        if their_fault:
+            raise RuntimeError(f"rank {rank} could not initialise the model: {their_fault}")
+    return [answer for _, answer in answers]
 
 
 def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception | None = None) -> list[Measured]:
@@ -25,31 +53,23 @@ def agree(names: Sequence[str], measured: Sequence[Measured], failure: Exception
         RuntimeError: on every rank, naming the first parameter that differs and the ranks that differ, or the rank
             that has failed.
     """
-    if not is_distributed():
-        if failure is not None:
-            raise failure
-        return list(measured)
     names_hash = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    sums = array("d", [number for part in measured for number in (part.squares, part.count, part.is_transformed)])
-    fault = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    mine = (names_hash, array("q", [part.checksum for part in measured]).tobytes(), sums.tobytes(), fault)
-    every = all_gather_object(mine)
-    if failure is not None:
-        raise failure
-    _no_faults([rank[3] for rank in every])
+    sums = array(
+        "d",
+        [number for one in measured for number in (one.squares, one.count, one.is_transformed, one.is_refused)],
+    )
+    checksums = array("q", [one.checksum for one in measured])
+    every = gather_or_raise((names_hash, checksums.tobytes(), sums.tobytes()), failure)
+    if len(every) == 1:
+        return list(measured)
     _same_names(names, [rank[0] for rank in every])
     _same_bits(names, [array("q", rank[1]) for rank in every])
     totals = [sum(column) for column in zip(*(array("d", rank[2]) for rank in every), strict=True)]
+    of_parameters = zip(*[iter(totals)] * 4, strict=True)
     return [
-        Measured(totals[3 * i], round(totals[3 * i + 1]), part.checksum, bool(totals[3 * i + 2]))
-        for i, part in enumerate(measured)
+        Measured(squares, round(count), one.checksum, bool(is_transformed), bool(is_refused))
+        for one, (squares, count, is_transformed, is_refused) in zip(measured, of_parameters, strict=True)
     ]
-
-
-def _no_faults(faults: Sequence[str]) -> None:
-    for rank, fault in enumerate(faults):
-        if fault:
-            raise RuntimeError(f"rank {rank} could not initialise the model: {fault}")
 
 
 def _same_names(names: Sequence[str], hashes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,116 +14,109 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from lightning_init.distributed.shards import LocalShard, local_shard_of
+from lightning_init.distributed.shards import local_shard_of
 from lightning_init.initialization.draw import (
-    DrawChunk,
+    DrawTask,
     Measured,
     block_jobs,
-    chunks_of,
     draw_full,
     measure,
     stream_fingerprint,
 )
-from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.streams import one_thread_each, run_on_all_cores
 from lightning_init.introspect.sites import ParameterSite, parametrizations_of, recomputing_hook_of, weight_norm_of
-from lightning_init.schemes.distributions import Distribution
 
 POWER_ITERATIONS = 15
 """As many as torch takes when a spectral norm is registered; training adds one at every step."""
 
 
-def write_all(assignments: Sequence[Assignment], seed: int) -> list[Measured]:
-    """Draw and write every assignment on all cores; what was written of each, in the same order.
+def write_all(tasks: Sequence[DrawTask]) -> list[Measured]:
+    """Draw and write every task on all cores; what was written of each, in the same order.
 
     Contiguous parameters are filled block by block in their own memory. Others (channels_last, structured,
     complex, parametrized) need one copy of the parameter for each thread that is at work.
     """
-    measured = [Measured() for _ in assignments]
-    drawn = [(index, assignment) for index, assignment in enumerate(assignments) if assignment.is_drawn]
-    jobs = [(index, job) for index, step in drawn if not _is_computed(step.site) for job in _jobs(step, seed)]
+    measured = [Measured() for _ in tasks]
+    direct = [(index, task) for index, task in enumerate(tasks) if not task.assignment.site.is_computed]
+    jobs = [(index, job) for index, task in direct for job in _jobs(task)]
     results = run_on_all_cores([job for _, job in jobs])
-    for (index, _), chunk in zip(jobs, results, strict=True):
-        measured[index] += chunk
+    for (index, _), block in zip(jobs, results, strict=True):
+        measured[index] += block
     # What goes through another computation comes one by one: on shards it may need all ranks, in one order.
     with one_thread_each():
-        for index, assignment in drawn:
-            if _is_computed(assignment.site):
-                measured[index] += _write_through(assignment, seed)
-            elif assignment.site.storage == "recomputed":
-                _recompute(assignment.site)
-            _zero_padding_row(assignment)
-            _replace_shards_checksum(assignment, seed, measured[index])
+        for index, task in enumerate(tasks):
+            if task.assignment.site.is_computed:
+                measured[index] += _write_through(task)
+            elif task.assignment.site.storage == "recomputed":
+                _recompute(task.assignment.site)
+            _zero_padding_row(task)
+            reset = getattr(task.assignment.site.module, "reset_running_stats", None)
+            if callable(reset):  # statistics of a normalisation belong to the weights it had
+                reset()
+            if task.shard.is_sharded:  # its bits differ from rank to rank: compare the start of its streams instead
+                measured[index].checksum = sum(map(stream_fingerprint, task.chunks)) % 2**62
     return measured
 
 
-def _is_computed(site: ParameterSite) -> bool:
-    """Whether the forward pass computes this attribute from other parameters."""
-    return site.storage in ("parametrization", "weight_norm")
-
-
-def _jobs(assignment: Assignment, seed: int) -> Iterator[Callable[[], Measured]]:
+def _jobs(task: DrawTask) -> Iterator[Callable[[], Measured]]:
     """The independent pieces of work that fill one parameter."""
-    shard = local_shard_of(assignment.site.parameter)
-    chunks = chunks_of(assignment, seed, shard.full_shape.numel())
-    is_elementwise = all(isinstance(chunk.initializer, Distribution) for chunk in chunks)
-    if is_elementwise and shard.local.is_contiguous() and not shard.local.is_complex():
-        for chunk in chunks:
-            yield from block_jobs(chunk, shard, shard.local.view(-1))
+    local = task.shard.local
+    if all(chunk.is_elementwise for chunk in task.chunks) and local.is_contiguous() and not local.is_complex():
+        flat = local.view(-1)
+        for chunk in task.chunks:
+            yield from block_jobs(chunk, task.shard, flat)
     else:
-        yield lambda: _write_whole(assignment, chunks, shard)
+        yield functools.partial(_write_full, task)
 
 
-def _write_whole(assignment: Assignment, chunks: Sequence[DrawChunk], shard: LocalShard) -> Measured:
-    """Build all of a parameter's values, then keep what belongs here."""
-    values = shard.take(_whole_parameter(assignment, chunks, shard.full_shape, shard.local.dtype))
-    shard.local.copy_(values.view(shard.local.shape))
-    return measure(values.to(shard.local.dtype), chunks[0].initializer)
-
-
-def _whole_parameter(
-    assignment: Assignment, chunks: Sequence[DrawChunk], shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
-    """All slices of a parameter, one after the other along dimension 0. Shape: ``shape``."""
-    if not shape:
-        return draw_full(chunks[0], (), assignment.role, dtype)
-    chunk_shape = (shape[0] // len(chunks), *shape[1:])
-    return torch.cat([draw_full(chunk, chunk_shape, assignment.role, dtype) for chunk in chunks])
+def _write_full(task: DrawTask) -> Measured:
+    """Draw all of a parameter, then keep what belongs here."""
+    local = task.shard.local
+    values = task.shard.take(draw_full(task, local.dtype))
+    local.copy_(values.view(local.shape))
+    return measure(values.to(local.dtype), task.chunks[0].initializer.target_mean)
 
 
 @torch.no_grad()
-def _write_through(assignment: Assignment, seed: int) -> Measured:
+def _write_through(task: DrawTask) -> Measured:
     """Write an attribute that is computed from other parameters, through the inverse of that computation.
 
     Measured is the attribute as the forward pass will read it.
     """
-    site = assignment.site
+    site = task.assignment.site
     current = site.current
-    chunks = chunks_of(assignment, seed, current.numel())
-    values = _whole_parameter(assignment, chunks, current.shape, current.dtype)
-    values = values.to(current.device, current.dtype)
+    values = draw_full(task, current.dtype).to(current.device, current.dtype)
     if site.storage == "weight_norm":
         _set_weight_norm(site, values)
-    else:
-        _set_parametrized(site, values)
+    elif not _set_parametrized(site, values):
+        return Measured(is_refused=True)
     _settle_spectral_norms(site)
     now = site.current
     now = now.full_tensor() if isinstance(now, DTensor) else now
-    measured = measure(now, chunks[0].initializer)
+    measured = measure(now, task.chunks[0].initializer.target_mean)
     measured.is_transformed = not torch.allclose(now, values, rtol=1e-3)
     return measured
 
 
-def _set_parametrized(site: ParameterSite, values: Tensor) -> None:
-    """Send values through each right inverse, last parametrization first, and copy them in place."""
+def _set_parametrized(site: ParameterSite, values: Tensor) -> bool:
+    """Send values through each right inverse, last parametrization first, and copy them in place.
+
+    Returns:
+        Whether that was possible: of a value that a parametrization never gives, such as a negative one of an
+        exponential, the inverse is not finite. Nothing is written then.
+    """
     steps = parametrizations_of(site)
     assert steps is not None
     inverse: Tensor | Sequence[Tensor] = values
     for step in reversed(list(steps)):
         inverse = step.right_inverse(inverse)  # type: ignore[operator]
     originals = [steps.original] if steps.is_tensor else [getattr(steps, f"original{i}") for i in range(steps.ntensors)]
-    for original, value in zip(originals, [inverse] if isinstance(inverse, Tensor) else inverse, strict=True):
+    inverses = [inverse] if isinstance(inverse, Tensor) else list(inverse)
+    if not all(bool(one.isfinite().all()) for one in inverses):
+        return False
+    for original, value in zip(originals, inverses, strict=True):
         _put(original, value)
+    return True
 
 
 def _settle_spectral_norms(site: ParameterSite) -> None:
@@ -160,32 +154,22 @@ def _set_weight_norm(site: ParameterSite, values: Tensor) -> None:
     hook(site.module, ())  # so that the attribute is right before the next forward pass, too
 
 
-def _put(parameter: Tensor, whole_value: Tensor) -> None:
-    """Copy this process's chunk of a whole value."""
+def _put(parameter: Tensor, full_value: Tensor) -> None:
+    """Copy into a parameter what is held here of a full value."""
     shard = local_shard_of(parameter)
-    shard.local.copy_(shard.take(whole_value).view(shard.local.shape))
+    shard.local.copy_(shard.take(full_value).view(shard.local.shape))
 
 
-def _zero_padding_row(assignment: Assignment) -> None:
+def _zero_padding_row(task: DrawTask) -> None:
     """A lookup table's padding row is zero, as the module itself would have it."""
-    row = assignment.role.padding_index if assignment.role else None
-    site = assignment.site
+    row, shard = task.role.padding_index, task.shard
     # A weight norm over dimension 1 holds one length per column: none of them is the row's.
-    if row is None or len(site.parameter) != len(site.current):
+    if row is None or shard.full_shape[0] != task.shape[0]:
         return
-    shard = local_shard_of(site.parameter)
     width = math.prod(shard.full_shape[1:])
     overlap = shard.overlap(row * width, (row + 1) * width)
     if overlap is not None:
         shard.local[overlap[0].start // shard.local[0].numel()] = 0
-
-
-def _replace_shards_checksum(assignment: Assignment, seed: int, measured: Measured) -> None:
-    """The bits of a shard differ from rank to rank by design: compare the start of its streams instead."""
-    shard = local_shard_of(assignment.site.parameter)
-    if shard.is_sharded:
-        chunks = chunks_of(assignment, seed, shard.full_shape.numel())
-        measured.checksum = sum(stream_fingerprint(chunk) for chunk in chunks) % 2**62
 
 
 @contextmanager

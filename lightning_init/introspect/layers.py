@@ -13,7 +13,7 @@ from lightning_init.introspect.activations import ActivationTraits, activation_o
 from lightning_init.introspect.names import clean_name
 
 _ONE_LAYER = (nn.MultiheadAttention, nn.RNNBase)
-"""Modules whose parts never run by themselves: one layer with everything below it."""
+"""Modules that never call what is inside them (attention reads its ``out_proj.weight``): each is one layer."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,9 +22,9 @@ class Layer:
 
     Attributes:
         name: the user's attribute path, without wrappers.
-        module: where the hook goes.
+        module: the module itself.
         activation: what it does to numbers; None for a module with parameters.
-        parameters: its own parameters and those of parts that belong to it.
+        parameters: its own, and those of inner modules that are no layers themselves (``out_proj``, parametrizations).
     """
 
     name: str
@@ -40,13 +40,13 @@ def find_layers(model: nn.Module) -> list[Layer]:
     Multi-head attention and recurrent networks are one layer each; ``parametrizations`` belong to their module.
     """
     layers: list[Layer] = []
-    inside: set[nn.Module] = set()  # parts of a layer, no layers themselves
+    inside: set[nn.Module] = set()  # these belong to a layer and are none themselves
     for name, module in clean_modules(model):
         if not name or module in inside:
             continue
-        parts = _parts(module)
-        inside.update(parts)
-        own = [parameter for part in (module, *parts) for parameter in part.parameters(recurse=False)]
+        belonging = _modules_belonging_to(module)
+        inside.update(belonging)
+        own = [parameter for owner in (module, *belonging) for parameter in owner.parameters(recurse=False)]
         if own:
             layers.append(Layer(name, module, None, tuple(dict.fromkeys(own))))
         elif activation := activation_of(module):
@@ -55,7 +55,11 @@ def find_layers(model: nn.Module) -> list[Layer]:
 
 
 def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> list[Layer]:
-    """The layers whose name matches a glob of ``patterns``, in their order; all of them for None.
+    """The layers whose name matches a glob of ``patterns`` (``["encoder.*", "head"]``), in their order.
+
+    Args:
+        layers: those to choose from.
+        patterns: globs on full names; None selects all layers.
 
     Raises:
         ValueError: a pattern matches no layer.
@@ -70,13 +74,13 @@ def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> li
 
 
 def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` under the names a user wrote: a wrapper has the name of what it wraps."""
+    """``model.named_modules()`` under the names a user wrote: ``0``, not ``0._orig_mod``, for a compiled module."""
     for path, module in model.named_modules():
         yield clean_name(model, path) if path else "", module
 
 
-def _parts(module: nn.Module) -> list[nn.Module]:
-    """Modules below that belong to this layer."""
+def _modules_belonging_to(module: nn.Module) -> list[nn.Module]:
+    """The modules inside that are no layers themselves: all of an attention's, and those of parametrizations."""
     if isinstance(module, _ONE_LAYER):
         return list(module.modules())[1:]
     parametrizations = getattr(module, "parametrizations", None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-_ALWAYS_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPER_ATTRIBUTES = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Where torch.compile, FSDP1 and activation checkpointing keep what they wrap. No user calls an attribute so."""
 
 
 def clean_name(model: nn.Module, path: str) -> str:
@@ -19,8 +20,9 @@ def clean_name(model: nn.Module, path: str) -> str:
     module: nn.Module | None = model
     kept = []
     for step in path.split("."):
+        # Only there: ``module`` may be a user's own attribute anywhere else.
         is_wrapper = isinstance(module, (DistributedDataParallel, DataParallel)) and step == "module"
-        if not (is_wrapper or step in _ALWAYS_WRAPPERS):
+        if not (is_wrapper or step in _WRAPPER_ATTRIBUTES):
             kept.append(step)
         # Submodules only: reading a parametrized weight would compute it, and spectral_norm changes its state then.
         children = module._modules if module is not None else {}

@@ -1,15 +1,15 @@
-"""Normalisation layers: which modules are one, and where their scale starts."""
+"""Normalisation layers: which modules are one, what their scale starts with, how many batches they have had."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_init.introspect.role import Role
+from lightning_init.sandbox import sandbox
 from lightning_init.schemes.distributions import Constant
 
 # LlamaRMSNorm, T5LayerNorm, LayerNorm2d, RMSNormGated; not NormalizedLinear or Normalizer.
@@ -25,7 +25,7 @@ def norm_role(module: nn.Module, attribute: str) -> Role:
 
 def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
     """Whether this is the 1-D ``weight`` or ``bias`` of a class that calls itself a norm."""
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     return (
         attribute in ("weight", "bias")
         and parameter is not None
@@ -34,14 +34,25 @@ def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
     )
 
 
-def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
-    """Whether a scale of 0 lets something through: Gemma's norm multiplies by 1 + scale.
+def batches_tracked(module: nn.Module) -> int:
+    """How many batches a batch norm has had in training mode; 0 for any other module, and on the meta device.
 
-    The present value cannot tell: memory that ``to_empty`` hands out after meta is often all zeros.
+    >>> batches_tracked(nn.BatchNorm1d(3)), batches_tracked(nn.Linear(3, 3))
+    (0, 0)
+    """
+    count = dict(module.named_buffers(recurse=False)).get("num_batches_tracked")
+    return 0 if count is None or count.is_meta else int(count)
+
+
+def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
+    """Whether the output is not 0 where the scale is: Gemma's norm multiplies by 1 + scale.
+
+    ``forward`` of a copy tells, not the scale's present value: memory that ``to_empty`` hands out for a parameter on
+    the meta device is often all zeros. Torch's own norms, and modules with children, are taken for ordinary ones.
     """
     forward = type(module).forward
-    scale = module._parameters.get(attribute)
-    if scale is None or forward.__module__.startswith("torch.nn.") or module._modules:
+    scale = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
+    if scale is None or forward.__module__.startswith("torch.nn.") or next(module.children(), None) is not None:
         return False
     rows = torch.linspace(-1.0, 2.0, 2 * scale.numel(), device="cpu").view(2, -1)  # [batch, units]
     for example in (rows, rows[:, :, None, None].expand(-1, -1, 2, 2)):  # channels last, channels first
@@ -52,32 +63,19 @@ def _scales_by_one_plus(module: nn.Module, attribute: str) -> bool:
 
 
 def _forward_with_zeros(module: nn.Module, example: Tensor) -> Tensor | None:
-    """``forward`` of a stand-in with zeros for its tensors; None if it raises.
+    """What ``forward`` returns if all tensors of the module are zero; None if it raises.
 
-    A gate, or whatever else ``forward`` insists on, is the example too.
+    If ``forward`` requires more arguments than one, such as a gate, the example is given for each of them.
     """
     try:
-        stand_in = _stand_in(module)
-        required = [
-            parameter
-            for parameter in inspect.signature(stand_in.forward).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-        with torch.no_grad():
-            output = stand_in.forward(*[example] * len(required))
-    except Exception:  # any code may stand here, and all that failed is a look
+        with sandbox(module, zeros=True) as copied, torch.no_grad():
+            required = [
+                parameter
+                for parameter in inspect.signature(copied.forward).parameters.values()
+                if parameter.default is parameter.empty
+                and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            ]
+            output = copied.forward(*[example] * len(required))
+    except Exception:  # any code may stand here, and without an answer the scale is an ordinary one
         return None
     return output if isinstance(output, Tensor) else None
-
-
-def _stand_in(module: nn.Module) -> Any:
-    """The module's settings with zeros for its tensors: no hooks, shards or state of the module are touched."""
-    stand_in: Any = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__)
-    for group in ("_parameters", "_buffers"):
-        stand_in.__dict__[group] = {
-            name: None if tensor is None else torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            for name, tensor in module.__dict__[group].items()
-        }
-    return stand_in

@@ -1,4 +1,4 @@
-"""What a parameter is to its module: the facts a plan needs, whatever the scheme."""
+"""What a parameter is to its module, such as the weight of a linear layer: what a plan needs to know of it."""
 
 from __future__ import annotations
 
@@ -62,4 +62,4 @@ class Role:
 
 
 KEEP = Role("keep", Constant(0.0))
-"""Left as it is. Its default is never drawn."""
+"""The role of a parameter that is left as it is; the default is never drawn."""

@@ -1,4 +1,8 @@
-"""The one place that knows module types: from a module and a parameter's name to its role and its fans."""
+"""From a module and a parameter's name to the parameter's role and fans: the registry of roles, and who reads it.
+
+The registry starts with the entries of ``torch_roles``; ``register`` adds a user's own. A parameter without an entry
+may still be a norm's, by the name of its module's class.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,19 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
     """What the parameter ``attribute`` is to ``module``; None if its type is not known (or it is lazy).
 
     The most specific registered class along the module type's bases decides, so subclasses count, FSDP's
-    and parametrized ones included. What no class knows may still be a norm by its shape and name. What
-    ``outer`` modules say about their inner ones comes first.
+    and parametrized ones included. A parameter without an entry may still be a norm by its shape and the
+    name of its module's class.
+
+    Args:
+        module: the owner of the parameter.
+        attribute: the parameter's name there.
+        ancestors: the modules around ``module``, outermost first, each with the parameter's name as seen from there
+            (``gate.bias``). What is registered for them under that name comes first.
 
     >>> role_of(nn.LSTM(3, 5), "weight_hh_l0").slices
     ('i', 'f', 'g', 'o')
     """
-    parameter = module._parameters.get(attribute)
+    parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     if parameter is not None and is_lazy(parameter):
         return None
     for owner, name in (*ancestors, (module, attribute)):

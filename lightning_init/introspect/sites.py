@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,14 +25,17 @@ Storage: TypeAlias = Literal["itself", "parametrization", "weight_norm", "recomp
 class ParameterSite:
     """One registered parameter and the attribute of its owner that the forward pass reads.
 
+    They differ where something computes the attribute: ``0.parametrizations.weight.original0`` is registered,
+    ``0.weight`` is read.
+
     Attributes:
-        name: the registered parameter's full name, wrappers removed (``0.parametrizations.weight.original0``).
-        target: the full name of what the forward pass reads (``0.weight``); the stream is keyed by it.
+        stored_fqn: the registered parameter's full name, wrappers removed.
+        forward_fqn: the full name of what the forward pass reads; the random stream is keyed by it.
         module: the owner of that attribute.
         attribute: its name there (``weight``).
         parameter: the registered parameter.
-        outer: the modules around the owner, outermost first, each with the target's name as seen from there.
-        via: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
+        ancestors: the modules around the owner, outermost first, each with the attribute's name as seen from there.
+        storage: ``itself``; ``parametrization`` (written through the right inverse); ``weight_norm`` (the older one,
             by hooks); ``recomputed`` (pruning and the older spectral_norm: the forward pass recomputes it from here).
     """
 
@@ -44,10 +48,19 @@ class ParameterSite:
     storage: Storage = "itself"
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the attribute has to be written through the inverse of a computation."""
+        return self.storage in ("parametrization", "weight_norm")
+
+    @property
     def current(self) -> Tensor:
-        """What the forward pass reads now; for a parametrized attribute it is computed."""
+        """What the forward pass reads now; for a parametrized attribute it is computed.
+
+        In evaluation mode: while training, reading a spectral norm's weight changes the norm's vectors.
+        """
         if self.storage == "parametrization":
-            return torch.Tensor.detach(getattr(self.module, self.attribute))
+            with _in_eval_mode(parametrizations_of(self) or ()):
+                return torch.Tensor.detach(getattr(self.module, self.attribute))
         hook = weight_norm_of(self.module, self.attribute) if self.storage == "weight_norm" else None
         computed: Tensor = hook.compute_weight(self.module) if hook else self.parameter
         return computed.detach()
@@ -77,7 +90,11 @@ def _parametrized(model: nn.Module, list_path: str, name: str, parameter: Tensor
 
 
 def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[tuple[nn.Module, str], ...]:
-    """The modules on the way to an owner, without itself, each with the attribute's name as seen from there."""
+    """The modules on the way to an owner, outermost first, each with the attribute's name as seen from there.
+
+    For ``owner_path="encoder.0"`` and ``attribute="weight"``: the model with ``encoder.0.weight`` and its ``encoder``
+    with ``0.weight``; the owner itself is left out.
+    """
     steps = owner_path.split(".") if owner_path else []
     found = []
     module = model
@@ -88,11 +105,15 @@ def modules_around(model: nn.Module, owner_path: str, attribute: str) -> tuple[t
 
 
 def _behind(owner: nn.Module, attribute: str) -> tuple[str, Storage]:
-    """The attribute that the forward pass computes from a registered one by a pre-forward hook, if any."""
+    """The attribute that the forward pass reads, and how it comes from the registered one.
+
+    Pre-forward hooks compute ``weight`` from ``weight_g`` and ``weight_v`` (the older weight_norm) or ``weight_orig``
+    (pruning, the older spectral_norm). The name's ending alone means nothing: users have such names too.
+    """
     stem, _, ending = attribute.rpartition("_")
     if ending in ("g", "v") and weight_norm_of(owner, stem) is not None:
         return stem, "weight_norm"
-    if ending == "orig" and stem not in owner._parameters and hasattr(owner, stem):
+    if ending == "orig" and stem not in dict(owner.named_parameters(recurse=False)) and hasattr(owner, stem):
         return stem, "recomputed"
     return attribute, "itself"
 
@@ -114,11 +135,24 @@ def recomputing_hook_of(module: nn.Module, attribute: str) -> SpectralNorm | Bas
 
 
 def parametrizations_of(site: ParameterSite) -> ParametrizationList | None:
-    """The parametrizations of a place's attribute, if it has any."""
+    """The parametrizations of a site's attribute, if it has any."""
     if not is_parametrized(site.module, site.attribute):
         return None
     found = getattr(site.module.parametrizations, site.attribute)
     return found if isinstance(found, ParametrizationList) else None
+
+
+@contextmanager
+def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch modules, but not what they contain, to evaluation mode and back."""
+    modes = [(module, module.training) for module in modules]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _sibling(name: str, attribute: str) -> str:

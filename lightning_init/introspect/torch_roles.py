@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_init.introspect.normalization import norm_role
@@ -69,6 +70,21 @@ def _conv_transpose(module: Any, attribute: str) -> Role:
         return Role("bias", default)
     shape = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.groups)
     return Role("weight", default, conv_transpose_fans(*shape), groups=module.groups, transposed=True)
+
+
+def other_bias_draws(module: nn.Module) -> list[Uniform]:
+    """What authors draw a bias of this module from, other than its role's ``default``; nothing for most modules.
+
+    Torch takes the output channels of a transposed convolution for its fan_in, in the bound of its bias too. Authors
+    who compute U(±1/√fan_in) themselves divide by the input channels.
+
+    >>> [draw.high for draw in other_bias_draws(nn.ConvTranspose1d(4, 6, 4))]
+    [0.25]
+    """
+    if not isinstance(module, _ConvTransposeNd):
+        return []
+    bound = (module.in_channels // module.groups * math.prod(module.kernel_size)) ** -0.5
+    return [Uniform(-bound, bound)]
 
 
 def _attention_weight(module: Any, attribute: str) -> Role:

@@ -11,7 +11,6 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,26 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init.distributed.shards import UnitShard, to_local
+from lightning_init.distributed.shards import UnitShard, local_numbers
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
-from lightning_init.monitor.statistics import STATISTICS, Measured, measures_of
+from lightning_init.monitor.record import LayerRecord
+from lightning_init.monitor.statistics import STATISTICS, measures_of
 from lightning_init.monitor.units import UnitFinder, first_floating
-
-
-@dataclass(slots=True)
-class LayerRecord:
-    """What was recorded of one layer since the collector was last drained.
-
-    Attributes:
-        outputs: moments of its outputs by number of units: a module that is called at two widths has two.
-        gradients: moments of d loss / d output, all elements together.
-        measured: by statistic, what else of its outputs was measured.
-    """
-
-    outputs: dict[int, Moments] = field(default_factory=dict)
-    gradients: Moments | None = None
-    measured: dict[str, Measured] = field(default_factory=dict)
 
 
 def always() -> bool:
@@ -159,7 +144,7 @@ class ActivationCollector:
         if factor is None:  # torch.autograd.grad inside the forward pass, or a loss.backward() nobody announced
             self.unannounced_gradients += 1
             return
-        local = gradient if type(gradient) is Tensor else to_local(gradient)
+        local = gradient if type(gradient) is Tensor else local_numbers(gradient)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return
@@ -170,7 +155,7 @@ class ActivationCollector:
     def _record_moments(self, layer: Layer, args: Any, tensor: Tensor) -> None:
         """Record an output's moments, and what else was asked for."""
         dim, shard = self._units.find(layer, args, tensor)
-        local = tensor if type(tensor) is Tensor else to_local(tensor)
+        local = tensor if type(tensor) is Tensor else local_numbers(tensor)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_init.distributed.ranks import all_reduce
-from lightning_init.monitor.collector import LayerRecord
 from lightning_init.monitor.moments import CentralMoments, Moments, Number, pack, shifted_to
+from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import OutputMeasure, measures_of
 
 FAULT, UNKNOWN_SLOT, NUM_FLAGS = 0, 1, 2

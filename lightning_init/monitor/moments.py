@@ -241,6 +241,10 @@ class CentralMoments(NamedTuple):
     m4: Tensor
 
 
+Measured: TypeAlias = Tensor | CentralMoments
+"""What a statistic measures of a layer's outputs beside their moments."""
+
+
 def central_moments_of(tensor: Tensor) -> CentralMoments:
     """The central moments of all elements of ``tensor``."""
     flat = tensor.detach().reshape(-1)

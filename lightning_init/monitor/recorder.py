@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_init.distributed.ranks import all_gather_object, world_size
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.collector import ActivationCollector, LayerRecord, always
+from lightning_init.monitor.collector import ActivationCollector, always
 from lightning_init.monitor.exchange import (
     FAULT,
     NUM_FLAGS,
@@ -23,6 +23,7 @@ from lightning_init.monitor.exchange import (
 )
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
+from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, measures_of
 from lightning_init.monitor.step_result import StepResult
 

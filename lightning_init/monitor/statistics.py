@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_init.checks import check_choice, check_list
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.moments import CentralMoments, central_moments_of, merge_central
+from lightning_init.monitor.moments import CentralMoments, Measured, central_moments_of, merge_central
 
 StatName = Literal[
     "default",
@@ -45,7 +45,6 @@ StatName = Literal[
 """What the argument ``stats`` may hold: the names of all statistics, and "default" for the default set."""
 
 Array: TypeAlias = npt.NDArray[np.float64]
-Measured: TypeAlias = Tensor | CentralMoments
 NormKind: TypeAlias = Literal["gradient", "clipped", "weight", "update"]
 """A tensor of every parameter whose norm can be taken: its gradient before and after clipping, itself before the
 optimizer's step, and what that step adds to it."""

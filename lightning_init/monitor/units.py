@@ -2,7 +2,7 @@
 
 Units are what a layer computes side by side: the features of a linear layer, the channels of a convolution. Statistics
 such as dead units are shares of them. How many units there should be is known from the layer's parameters
-(:func:`unit_rule`); an activation has none and takes over the units of the layer before it (:class:`UnitFinder`).
+(``unit_rule``); an activation has none and takes over the units of the layer before it (:class:`UnitFinder`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # no public name tells
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from lightning_init.distributed.shards import UnitShard, unit_shard_from_weights, unit_shard_of
 from lightning_init.introspect.layers import Layer
+from lightning_init.introspect.unit_rules import UnitRule, unit_rule
 
 
 def first_floating(output: object) -> Tensor | None:
@@ -48,50 +47,6 @@ def first_floating(output: object) -> Tensor | None:
     return None
 
 
-class UnitRule(NamedTuple):
-    """What is known about a layer's units before its output is seen.
-
-    Attributes:
-        units: how many there should be; None if nothing tells.
-        dim: the dimension they usually have: from the front (1) or the back (-1, -3).
-    """
-
-    units: int | None = None
-    dim: int = -1
-
-
-_INSTANCE_NORMS = {nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4}
-
-
-def unit_rule(module: nn.Module) -> UnitRule:
-    """The rule that ``module``'s type and parameters give; without any (activations), the empty rule."""
-    if isinstance(module, _ConvNd):
-        return UnitRule(module.out_channels, -1 - len(module.kernel_size))
-    for norm, dim in _INSTANCE_NORMS.items():
-        if isinstance(module, norm):
-            return UnitRule(module.num_features, dim)
-    if isinstance(module, _BatchNorm):
-        return UnitRule(module.num_features, 1)
-    if isinstance(module, nn.GroupNorm):
-        return UnitRule(module.num_channels, 1)
-    if isinstance(module, nn.PReLU):
-        return UnitRule(module.num_parameters, 1) if module.num_parameters > 1 else UnitRule()
-    if isinstance(module, nn.RNNBase):
-        return UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
-    if isinstance(module, nn.RNNCellBase):
-        return UnitRule(module.hidden_size)
-    for attribute in ("out_features", "embedding_dim", "embed_dim"):  # Linear, Bilinear, Embedding, attention
-        if isinstance(units := getattr(module, attribute, None), int):
-            return UnitRule(units)
-    return UnitRule(_units_of_unknown(module))
-
-
-def _units_of_unknown(module: nn.Module) -> int | None:
-    """Units of a type nobody told us about: the size all its vectors share (biases, norms), if they do."""
-    sizes = {parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 1}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def unit_dim(shape: Sequence[int], rule: UnitRule) -> int:
     """The dimension of ``shape`` that holds the units, counted from the front; ``shape`` has at least one.
 
@@ -114,7 +69,7 @@ class _Units(NamedTuple):
     Attributes:
         dim: the dimension that holds them; None for a scalar.
         shard: which of all units this rank has.
-        rule: what follows for an activation that is called with this output.
+        rule: the rule for an activation that is called with this output.
     """
 
     dim: int | None

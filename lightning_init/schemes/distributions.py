@@ -1,37 +1,24 @@
-"""The elementwise distributions every scheme comes down to, and the interface all schemes share."""
+"""Distributions of single elements: constant, normal, uniform, truncated normal."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_init.checks import check_finite, check_positive
+from lightning_init.schemes.scheme import Fills, Initializer
 
 
-class Scheme(ABC):  # noqa: B024 (the three kinds below it have nothing to implement in common)
-    """A way to fill one weight. Every scheme is a frozen dataclass under this class.
-
-    A scheme is either a :class:`Distribution`, becomes one once the fans are known
-    (:class:`~lightning_init.schemes.named.FanScheme`), or builds a whole matrix
-    (:class:`~lightning_init.schemes.structured.StructuredScheme`).
-    """
-
-    takes_gain: ClassVar[bool] = False
-    """Whether ``activation`` and ``Rule(gain=...)`` mean something to this scheme."""
-
-    @property
-    def gain(self) -> float:
-        """The scheme's own gain, used when none is given."""
-        return 1.0
-
-
-class Distribution(Scheme):
+class Distribution(Initializer):
     """Independent, identically distributed elements with a known mean and standard deviation."""
+
+    fills: ClassVar[Fills] = "any parameter"
 
     @property
     @abstractmethod
@@ -155,9 +142,13 @@ class Uniform(Distribution):
         return 1.8
 
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Draw U(0, 1), then scale and shift: torch's own ``uniform_(a, b)`` rounds by CPU type."""
+        """Draw U(0, 1), then scale and shift: torch's own ``uniform_(a, b)`` rounds by CPU type.
+
+        Rounding takes a few to the upper end, or beyond it, which is no part of the interval.
+        """
         block.uniform_(generator=generator)
         scale_and_shift_(block, self.high - self.low, self.low)
+        block.clamp_(max=_largest_float_below(self.high))
 
 
 @dataclass(frozen=True)
@@ -212,6 +203,16 @@ class TruncatedNormal(Distribution):
             block[beyond] = again
             beyond = beyond[again.abs() > self.cut]
         scale_and_shift_(block, self.std / truncated_std(self.cut), self.mean)
+        lowest, highest = self.mean - self.bound, self.mean + self.bound
+        block.clamp_(-_largest_float_below(-lowest, or_equal=True), _largest_float_below(highest, or_equal=True))
+
+
+def _largest_float_below(number: float, *, or_equal: bool = False) -> float:
+    """The largest float32 below a number, as a float; ``number`` itself if it is one and that is allowed."""
+    rounded = float(np.float32(number))
+    if rounded < number or (or_equal and rounded == number):
+        return rounded
+    return float(np.nextafter(np.float32(rounded), np.float32(-np.inf)))
 
 
 def scale_and_shift_(block: Tensor, scale: float, shift: float) -> None:

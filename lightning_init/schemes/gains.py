@@ -5,10 +5,10 @@ A gain belongs to the nonlinearity that feeds a layer, not to the one its output
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_init.checks import check_choice, check_positive, did_you_mean
+from lightning_init.sandbox import is_elementwise, random_states_kept, sandbox
 from lightning_init.schemes.quadrature import second_moment
 
 Elementwise = Callable[[Tensor], Tensor]
@@ -60,15 +61,19 @@ GATES: Mapping[str, Elementwise] = {
 def gain_of(activation: Activation, direction: Direction = "forward", *, input_variance: float = 1.0) -> float:
     """Factor by which weights behind ``activation`` must be larger to bring its output back to variance 1.
 
-    With z ~ N(0, q): forward 1/√E[f(z)²], backward 1/√E[f′(z)²]. For a gated unit f(a)·b with independent
-    a, b ~ N(0, q): forward 1/√(E[f(a)²]·E[b²]), the gain of the projection behind it; backward
-    1/√(E[f′(a)²]·E[b²] + E[f(a)²]), the gain of the two projections before it, whose input gradients add.
+    With z ~ N(0, v) for v = ``input_variance``: forward 1/√E[f(z)²], backward 1/√E[f′(z)²]. A ReLU halves the mean
+    square of what enters it, so its gain is √2. For a gated unit f(a)·b with independent a, b ~ N(0, v): forward
+    1/√(E[f(a)²]·E[b²]), the gain of the projection behind it; backward 1/√(E[f′(a)²]·E[b²] + E[f(a)²]), the gain of
+    the two projections before it, whose input gradients add.
 
     Args:
         activation: a name of ``ACTIVATIONS`` or ``GATES``, a module (evaluated on a float64 CPU copy in
             eval mode), or a function that maps a float64 tensor elementwise.
         direction: "forward" keeps the signal, "backward" its gradient.
-        input_variance: q, the variance of what enters the activation.
+        input_variance: v, the variance of what enters the activation.
+
+    Returns:
+        The gain, above 0. A linear layer keeps the variance with weights of std gain/√fan.
 
     Raises:
         ValueError: an unknown name or direction; not elementwise; a moment that is 0, infinite or NaN.
@@ -93,7 +98,7 @@ def gain_of(activation: Activation, direction: Direction = "forward", *, input_v
 
 @functools.lru_cache
 def _gain_of_name(name: str, direction: Direction, input_variance: float) -> float:
-    """A plan asks for the same few names once per parameter."""
+    """Cached: a plan needs the gain of the same few names once per parameter."""
     known = {**ACTIVATIONS, **GATES}
     if name not in known:
         raise ValueError(
@@ -104,10 +109,9 @@ def _gain_of_name(name: str, direction: Direction, input_variance: float) -> flo
 
 
 def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction, input_variance: float) -> float:
-    """1/√ of the moment that ``direction`` is about."""
+    """1/√E[f(z)²] forward or 1/√E[f′(z)²] backward; with the formulas of :func:`gain_of` where f is ``gated``."""
     scale = math.sqrt(input_variance)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        function = _elementwise(activation)
+    with torch.inference_mode(False), torch.enable_grad(), _as_function(activation) as function:
         _check_elementwise(function)
         if direction == "forward":
             moment = second_moment(lambda z: _values(function, scale * z))
@@ -127,27 +131,30 @@ def _gain(activation: nn.Module | Elementwise, gated: bool, direction: Direction
     return 1 / math.sqrt(moment)
 
 
-def _elementwise(activation: nn.Module | Elementwise) -> Elementwise:
-    """A module's ``forward`` on a copy (no hooks, no dropout, no change to it); a function as it is."""
+@contextmanager
+def _as_function(activation: nn.Module | Elementwise) -> Iterator[Elementwise]:
+    """``forward`` of a module's copy in float64, without hooks or dropout; a function as it is."""
     if isinstance(activation, type):
         raise TypeError(f"activation must be an instance, not the class: {activation.__name__}()")
     if not isinstance(activation, nn.Module):
         if not callable(activation):
             raise TypeError(f"activation must be a name, a module or a function, got {activation!r}")
-        return activation
+        with random_states_kept():
+            yield activation
+        return
     if any(parameter.is_meta for parameter in activation.parameters()):
         raise ValueError(f"{type(activation).__name__} is on the meta device: its parameters have no values yet")
     if isinstance(activation, nn.PReLU):
         # Both moments of a mixture of slopes are those of one slope, their root mean square.
         slope = activation.weight.detach().double().square().mean().sqrt().item()
-        return functools.partial(F.leaky_relu, negative_slope=slope)
-    stand_in = copy.deepcopy(activation).to("cpu", torch.float64).eval()
-    forward: Elementwise = stand_in.forward
-    return forward
+        yield functools.partial(F.leaky_relu, negative_slope=slope)
+        return
+    with sandbox(activation, dtype=torch.float64) as copied:
+        yield copied.forward
 
 
 def _values(function: Elementwise, z: Tensor) -> Tensor:
-    """f(z) as float64, with everything that is not an activation's answer turned into one clear error."""
+    """f(z) as float64; ValueError where ``function`` fails, or returns anything but one number for each of ``z``."""
     try:
         # A copy, because activations may work in place.
         output = function(z.clone())
@@ -173,11 +180,11 @@ def _derivatives(function: Elementwise, z: Tensor) -> Tensor:
 
 
 def _check_elementwise(function: Elementwise) -> None:
-    """Raise unless each element's answer is its own: the same in another company, at another place."""
+    """Raise ValueError unless each element's result is the same with fewer neighbours, in the reverse order."""
     z = torch.linspace(-3.0, 2.5, 64, dtype=torch.float64, device="cpu")
-    together, apart = _values(function, z), _values(function, z[:24].flip(0))
-    # 1e-5, for functions that work in float32.
-    if not torch.allclose(together[:24].flip(0), apart, rtol=1e-5, atol=1e-6, equal_nan=True):
+    backwards = torch.arange(23, -1, -1, device="cpu")
+    # 1e-5, because functions may work in float32 inside.
+    if not is_elementwise(functools.partial(_values, function), z, groups=[backwards], rtol=1e-5):
         raise ValueError(
             "the activation is not elementwise (or is random): an element's output depends on its neighbours"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_init.checks import check_positive
-from lightning_init.schemes.distributions import Scheme
+from lightning_init.schemes.scheme import Initializer
 
 DrawNormal: TypeAlias = Callable[[int], Tensor]
 """Gives that many N(0, 1) float32 values from the start of one stream."""
@@ -41,7 +41,7 @@ class Matrix(NamedTuple):
         return full
 
 
-class StructuredScheme(Scheme):
+class StructuredScheme(Initializer):
     """A scheme whose elements depend on each other. Slices and groups of a weight are built one by one."""
 
     @abstractmethod

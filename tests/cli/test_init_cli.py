@@ -166,7 +166,7 @@ WRONG = [
     (
         ["--init.shceme=zeros"],
         {},
-        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when; "
+        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained; "
         "did you mean 'scheme'?",
     ),
     (

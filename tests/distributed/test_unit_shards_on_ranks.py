@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_init.distributed.shards import to_local, unit_shard_from_weights, unit_shard_of
+from lightning_init.distributed.shards import local_numbers, unit_shard_from_weights, unit_shard_of
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector
 from tests.support.ranks import run_ranks
@@ -23,7 +23,7 @@ def shares() -> dict[str, Any]:
     found = {}
     for placements in [(Shard(0), Replicate()), (Shard(0), Shard(0)), (Shard(1), Shard(0)), (Replicate(), Shard(1))]:
         spread = distribute_tensor(numbers, mesh, placements)
-        local = to_local(spread)
+        local = local_numbers(spread)
         assert local is not None
         for dim in range(2):
             share = unit_shard_of(spread, dim)
@@ -63,7 +63,7 @@ def recorded_summand() -> tuple[list[str], list[str], bool]:
     collector = ActivationCollector(find_layers(network), [], on_fault=lambda name, error: print(name, error))
     collector.attach()
     output = network(torch.ones(2, 3))
-    assert to_local(output) is None
+    assert local_numbers(output) is None
     whole = output.full_tensor()
     collector.detach()
     return list(collector.records), list(collector.partial_layers), bool((whole == dist.get_world_size()).all())

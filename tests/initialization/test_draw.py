@@ -20,8 +20,8 @@ from lightning_init.initialization.draw import (
     DrawChunk,
     Measured,
     block_jobs,
-    chunks_of,
-    draw_full,
+    draw_chunk,
+    make_tasks,
     matrix_of,
     measure,
     stream_fingerprint,
@@ -56,10 +56,10 @@ def test_drawing_block_by_block_equals_drawing_at_once(
     piece = part(distribution, count)
     out = torch.full((count,), math.nan, dtype=dtype)
     measured = filled_by_blocks(piece, out)
-    expected = draw_full(piece, (count,), None, dtype)
+    expected = draw_chunk(piece, (count,), GENERIC_ROLE, dtype)
     assert expected.dtype == torch.float32
     assert torch.equal(out, expected.to(dtype))
-    reference = measure(expected.to(dtype), distribution)
+    reference = measure(expected.to(dtype), distribution.target_mean)
     assert (measured.count, measured.checksum) == (reference.count, reference.checksum)
     assert measured.squares == pytest.approx(reference.squares, rel=1e-6)
 
@@ -79,8 +79,7 @@ def test_chunk_is_the_same_wherever_it_starts(start: int) -> None:
 
 def test_gates_have_chunks_and_streams_of_their_own() -> None:
     lstm = nn.LSTM(3, 5)
-    step = next(step for step in plan(lstm) if step.name == "weight_hh_l0")
-    parts = chunks_of(step, 9, 100)
+    parts = next(task.chunks for task in make_tasks(plan(lstm), 9) if task.assignment.name == "weight_hh_l0")
     assert [(p.start, p.stop) for p in parts] == [(0, 25), (25, 50), (50, 75), (75, 100)]
     assert [p.key for p in parts] == [Key(9, "weight_hh_l0", gate) for gate in "ifgo"]
     assert len({stream_fingerprint(p) for p in parts}) == 4
@@ -88,7 +87,8 @@ def test_gates_have_chunks_and_streams_of_their_own() -> None:
 
 def test_chunk_of_an_undivided_parameter_has_no_name() -> None:
     (step,) = plan(nn.Linear(4, 6, bias=False))
-    assert chunks_of(step, 1, 24) == [DrawChunk(0, 24, step.initializers[0], step.gain, Key(1, "weight", ""))]
+    (task,) = make_tasks([step], 1)
+    assert task.chunks == (DrawChunk(0, 24, step.initializers[0], step.gain, Key(1, "weight", "")),)
 
 
 @given(
@@ -99,9 +99,9 @@ def test_chunk_of_an_undivided_parameter_has_no_name() -> None:
 def test_measured_sums_add_up_wherever_they_are_split(numbers: list[float], cut: int, mean: float) -> None:
     cut = min(cut, len(numbers)) // 2 * 2  # blocks are split at even places only
     values, distribution = torch.tensor(numbers), Normal(mean=mean)
-    at_once = measure(values, distribution)
-    split = measure(values[:cut], distribution)
-    split += measure(values[cut:], distribution)
+    at_once = measure(values, distribution.target_mean)
+    split = measure(values[:cut], distribution.target_mean)
+    split += measure(values[cut:], distribution.target_mean)
     assert (split.count, split.checksum) == (at_once.count, at_once.checksum) == (len(numbers), at_once.checksum)
     assert split.squares == pytest.approx(at_once.squares, rel=1e-5)
     reference = ((np.array(numbers, dtype=np.float64) - mean) ** 2).mean() ** 0.5
@@ -109,7 +109,7 @@ def test_measured_sums_add_up_wherever_they_are_split(numbers: list[float], cut:
 
 
 def test_measured_of_no_elements() -> None:
-    nothing = measure(torch.empty(0), Normal())
+    nothing = measure(torch.empty(0), 0.0)
     assert (nothing.squares, nothing.count, nothing.checksum, nothing.std) == (0.0, 0, 0, 0.0)
 
 
@@ -117,7 +117,7 @@ def test_measured_is_accurate_for_large_tensors() -> None:
     """Summed in one go in float32, the squares of 2²⁴ elements would be off by 6e-5."""
     values = torch.rand(1 << 24, generator=torch.Generator().manual_seed(0))
     assert float(torch.dot(values, values)) != pytest.approx(float(values.double().square().sum()), rel=1e-5)
-    assert measure(values, Normal()).squares == pytest.approx(float(values.double().square().sum()), rel=1e-6)
+    assert measure(values, 0.0).squares == pytest.approx(float(values.double().square().sum()), rel=1e-6)
 
 
 def test_checksum_depends_on_every_bit() -> None:
@@ -126,10 +126,10 @@ def test_checksum_depends_on_every_bit() -> None:
     for index in range(1001):  # the last bit of any one element
         changed = values.clone()
         changed.view(torch.int32)[index] ^= 1
-        checksums.add(measure(changed, Normal()).checksum)
-    assert measure(values, Normal()).checksum not in checksums
-    assert measure(values.double(), Normal()).checksum == measure(values, Normal()).checksum
-    assert measure(-torch.zeros(3), Normal()).checksum != measure(torch.zeros(3), Normal()).checksum
+        checksums.add(measure(changed, 0.0).checksum)
+    assert measure(values, 0.0).checksum not in checksums
+    assert measure(values.double(), 0.0).checksum == measure(values, 0.0).checksum
+    assert measure(-torch.zeros(3), 0.0).checksum != measure(torch.zeros(3), 0.0).checksum
 
 
 def test_checksum_is_a_signed_64_bit_integer() -> None:
@@ -148,15 +148,15 @@ def test_measured_stays_transformed() -> None:
 @pytest.mark.parametrize("distribution", [Normal(0.5), Uniform(-1.0, 3.0), TruncatedNormal(0.1, mean=2.0)], ids=repr)
 def test_complex_numbers_have_the_std_around_the_mean(distribution: Distribution) -> None:
     count = 1 << 16
-    values = draw_full(part(distribution, count), (count,), None, torch.complex64)
+    values = draw_chunk(part(distribution, count), (count,), GENERIC_ROLE, torch.complex64)
     assert values.dtype == torch.complex64
     around = values.numpy().astype(np.complex128) - distribution.target_mean
     std = distribution.target_std
     # |z|² of two independent halves: a relative standard error of √((kurtosis - 1) / 8n) for its root, five of them.
     error = 5 * math.sqrt((distribution.kurtosis - 1) / (8 * count))
     assert np.sqrt((np.abs(around) ** 2).mean()) == pytest.approx(std, rel=error)
-    assert measure(values, distribution).std == pytest.approx(std, rel=error)
-    assert measure(values, distribution).count == count
+    assert measure(values, distribution.target_mean).std == pytest.approx(std, rel=error)
+    assert measure(values, distribution.target_mean).count == count
     for half in (around.real, around.imag):
         assert half.std() == pytest.approx(std / math.sqrt(2), rel=error * math.sqrt(2))
         assert abs(half.mean()) < 5 * std / math.sqrt(2 * count)
@@ -164,13 +164,15 @@ def test_complex_numbers_have_the_std_around_the_mean(distribution: Distribution
 
 
 def test_complex_halves_keep_the_shape() -> None:
-    values = draw_full(part(Normal(), 1 << 14), (1 << 14,), None, torch.complex64)
+    values = draw_chunk(part(Normal(), 1 << 14), (1 << 14,), GENERIC_ROLE, torch.complex64)
     for half in (values.real, values.imag):
         assert stats.kstest(half.numpy() * math.sqrt(2), "norm").pvalue > 1e-6
 
 
 def test_complex_constant_is_real() -> None:
-    assert torch.equal(draw_full(part(Constant(2.0), 4), (2, 2), None, torch.complex64), torch.full((2, 2), 2 + 0j))
+    assert torch.equal(
+        draw_chunk(part(Constant(2.0), 4), (2, 2), GENERIC_ROLE, torch.complex64), torch.full((2, 2), 2 + 0j)
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,16 +200,18 @@ def test_matrix_of_refuses_a_vector(shape: tuple[int, ...]) -> None:
 
 def test_matrix_of_an_unknown_parameter_is_all_of_it() -> None:
     assert matrix_of((4, 3), GENERIC_ROLE) == Matrix(4, 3)
-    assert draw_full(part(Orthogonal(), 12), (4, 3), None, torch.float32).shape == (4, 3)
+    assert draw_chunk(part(Orthogonal(), 12), (4, 3), GENERIC_ROLE, torch.float32).shape == (4, 3)
 
 
 def test_groups_have_streams_of_their_own() -> None:
     role = role_of(nn.Conv1d(4, 8, 3, groups=2), "weight")
-    both = draw_full(part(Orthogonal(), 48), (8, 2, 3), role, torch.float32)
+    both = draw_chunk(part(Orthogonal(), 48), (8, 2, 3), role, torch.float32)
     first, second = both.chunk(2)
     assert not torch.equal(first, second)
     alone = Role("weight", Normal(), role.fans) if role else None
-    assert torch.equal(first, draw_full(part(Orthogonal(), 24, key=Key(0, "w", "/0")), (4, 2, 3), alone, torch.float32))
+    assert torch.equal(
+        first, draw_chunk(part(Orthogonal(), 24, key=Key(0, "w", "/0")), (4, 2, 3), alone, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("values", [Normal(), Uniform(0, 1), Orthogonal()], ids=repr)
@@ -223,4 +227,4 @@ def test_stream_fingerprint_depends_on_the_stream(values: Distribution | Orthogo
 def test_stream_fingerprint_depends_on_the_distribution() -> None:
     make: list[Callable[[], Distribution]] = [lambda: Normal(), lambda: Normal(2.0), lambda: Uniform(0, 1)]
     assert len({stream_fingerprint(part(distribution(), 100)) for distribution in make}) == 3
-    assert stream_fingerprint(part(Normal(), 100)) == measure(draw_all(Normal(), Key(0, "w"), 16), Normal()).checksum
+    assert stream_fingerprint(part(Normal(), 100)) == measure(draw_all(Normal(), Key(0, "w"), 16), 0.0).checksum

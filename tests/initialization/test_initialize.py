@@ -88,10 +88,35 @@ def test_gradients_modes_and_tensor_versions_after_initialize() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("seed", [1.0, "1", None, True])
+@pytest.mark.parametrize("seed", [1.0, "1", True])
 def test_seed_is_an_integer(seed: object) -> None:
     with pytest.raises(TypeError, match=r"^seed must be an integer, got"):
         initialize(nn.Linear(2, 2), seed=seed)
+
+
+def test_seed_that_is_not_given_is_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """seed_everything's, else that of torch.manual_seed; the generator's state is not changed by asking."""
+
+    def drawn(seed: int | None = None) -> tuple[int, torch.Tensor]:
+        layer = nn.Linear(8, 8)
+        before = torch.get_rng_state()
+        report = initialize(layer, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return report.seed, layer.weight.detach()
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    torch.manual_seed(5)
+    first, second = drawn(), drawn()
+    assert first[0] == second[0] == 5
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[1], drawn(5)[1])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "6")  # as seed_everything leaves it
+    assert drawn()[0] == 6
+    torch.seed()
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    one = drawn()[0]
+    torch.seed()
+    assert drawn()[0] != one
 
 
 def test_parameters_on_meta_are_refused_before_anything_is_written() -> None:

@@ -11,9 +11,21 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_init import SCHEMES, Assignment, Constant, Normal, Rule, Scheme, Uniform, initialize, register
+from lightning_init import (
+    SCHEMES,
+    Assignment,
+    Constant,
+    Initializer,
+    Normal,
+    Rule,
+    Scheme,
+    Uniform,
+    initialize,
+    register,
+)
 from lightning_init.initialization.plan import make_plan
 from lightning_init.initialization.rules import Request
+from lightning_init.schemes.scheme import ParameterRole
 from tests.support.models import AllKinds, RowTransformer, mlp
 from tests.support.modules import Unknown
 
@@ -269,11 +281,20 @@ def test_activation_sets_the_gain_of_weights() -> None:
 
 
 def test_scheme_of_unknown_type_is_refused() -> None:
+    class Abstract(Scheme):
+        pass
+
     class Odd(Scheme):
         def __repr__(self) -> str:
             return "Odd()"
 
-    with pytest.raises(TypeError, match=r"^Odd\(\) of '0.weight' is no Distribution, FanScheme or StructuredScheme$"):
+        def resolve(self, role: ParameterRole | None, gain: float) -> Initializer:
+            return None  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=r"Abstract.*resolve"):
+        planned(mlp(), Abstract())  # type: ignore[abstract]
+    message = r"^Odd\(\) gives None for '0.weight', which is no Distribution and no StructuredScheme$"
+    with pytest.raises(TypeError, match=message):
         planned(mlp(), Odd())
 
 

@@ -151,9 +151,12 @@ def test_verdict_on_a_wrong_constant_is_a_failure() -> None:
 
 
 def test_verdict_on_overflow_is_a_failure() -> None:
-    report = initialize(nn.Linear(5, 5).half(), Normal(1e6))
-    with pytest.raises(ValueError, match="weight: measured inf, target 1e"):
-        report.check()
+    report = initialize(nn.Linear(5, 5), Normal(1e3))
+    entry = dataclasses.replace(report["weight"], measured_std=math.inf)
+    with pytest.raises(ValueError, match="weight: measured inf, target 1000"):
+        dataclasses.replace(report, entries=(entry,)).check()
+    with pytest.raises(ValueError, match=r"'weight' was to have a std of 1e.* and has inf in float16"):
+        initialize(nn.Linear(5, 5).half(), Normal(1e6))
 
 
 def test_sampling_error_shrinks_with_the_number_of_elements() -> None:

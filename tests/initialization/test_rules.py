@@ -1,4 +1,4 @@
-"""A request is checked when it is made; its errors say what to do."""
+"""What a user asks for is checked when it is said, with texts that say what to do."""
 
 from __future__ import annotations
 
@@ -70,13 +70,12 @@ def test_rules_first_match_wins() -> None:
         (
             lambda: Rule("", "zeros"),
             ValueError,
-            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got ''",
+            "Rule(pattern) is empty; it is a glob on parameter names such as 'encoder.*'",
         ),
-        (lambda: Rule(3, "zeros"), TypeError, "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3"),
         (
-            lambda: Rule(None, "zeros"),
+            lambda: Rule(3, "zeros"),
             TypeError,
-            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got None",
+            "Rule(pattern) is a glob on parameter names such as 'encoder.*', got 3 of type int",
         ),
         (
             lambda: Rule("a", "keeep"),
@@ -140,12 +139,12 @@ def test_rule_that_matches_nothing_names_the_nearest() -> None:
     names = ["encoder.0.weight", "encoder.0.bias", "head.weight", "head.bias", "embedding.weight"]
     request = Request.of("he_normal", [Rule("encoder.*", "zeros"), Rule("heads.weight", "keep")])
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is compared)
-        request.check_all_used(names)
+        request.check_all_used([[name] for name in names])
     assert str(caught.value) == (
         "rule 'heads.weight' matches none of the model's 5 parameters; "
         "nearest names: head.weight, encoder.0.weight, embedding.weight"
     )
-    request.check_all_used([*names, "heads.weight"])
+    request.check_all_used([[name] for name in (*names, "heads.weight")])
 
 
 def test_rule_for_a_model_without_parameters() -> None:
@@ -154,8 +153,11 @@ def test_rule_for_a_model_without_parameters() -> None:
         request.check_all_used([])
 
 
-def test_rule_after_one_that_matches_all_is_no_error() -> None:
-    Request.of("he_normal", [Rule("*", "zeros"), Rule("a", "keep")]).check_all_used(["a", "b"])
+def test_rule_after_one_that_matches_all_never_applies() -> None:
+    narrow, wide = Rule("a", "keep"), Rule("*", "zeros")
+    Request.of("he_normal", [narrow, wide]).check_all_used([["a"], ["b"]])
+    with pytest.raises(ValueError, match=r"^rule 'a' never applies: rule '\*' stands before it"):
+        Request.of("he_normal", [wide, narrow]).check_all_used([["a"], ["b"]])
 
 
 def test_request_in_words() -> None:

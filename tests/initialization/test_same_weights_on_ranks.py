@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_init import InitCallback, Rule, initialize
 from lightning_init.initialization.streams import BLOCK, Block
-from tests.support.models import AllKinds, DigitsModule, LateModule, ShardedModule, mlp
+from tests.support.models import AllKinds, Authored, DigitsModule, LateModule, ShardedModule, mlp
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer, make_fsdp2_trainer, make_trainer
 from tests.support.weights import Weights, WeightsAtStart, assert_differ, assert_same, weights_of
@@ -92,6 +92,37 @@ def test_weight_matrices_are_all_drawn(expected: Weights) -> None:
 def test_same_weights_on_any_number_of_ranks(strategy: str, world_size: int, expected: Weights) -> None:
     for weights in run_ranks(start_with, world_size, strategy):
         assert_same(weights, expected)
+
+
+def authored(strategy: str) -> tuple[Weights, dict[str, str]]:
+    """The weights at the start of a fit whose ranks drew an author's values of their own, and what was left alone."""
+    torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))
+    callback = InitCallback("he_normal", seed=SEED)
+    module, trainer = {
+        "single": (DigitsModule, make_trainer),
+        "ddp": (DigitsModule, make_ddp_trainer),
+        "fsdp2": (ShardedModule, make_fsdp2_trainer),
+    }[strategy]
+    weights = weights_at_start(module(Authored), callback, trainer)
+    assert callback.report is not None
+    callback.report.check()
+    return weights, {entry.name: entry.reason for entry in callback.report.left_alone}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+def test_what_the_author_meant_is_agreed_by_all_ranks(strategy: str, world_size: int) -> None:
+    """Each rank has an author's draw of its own; a scale is read as the number that was meant."""
+    expected, left = authored("single")
+    assert set(left) == {f"network.{name}" for name in ("gate.weight", "gate.bias", "head.weight", "head.bias")} - {
+        "network.gate.bias"  # 0, as it would be drawn
+    }
+    del expected["head.weight"]  # tiny on purpose, so it stays, and every rank had its own
+    for weights, theirs in run_ranks(authored, world_size, strategy):
+        assert theirs == left
+        del weights["head.weight"]
+        assert_same(weights, expected)
+    assert expected["words.weight"].std().item() == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
@@ -205,10 +236,13 @@ def test_configure_model_layers_are_initialized(expected: Weights) -> None:
         assert_same(weights, expected)
 
 
-def seeded_by(seed: int | None) -> Weights:
+def seeded_by(seed: int | None, torch_seed: int | None = 0) -> Weights:
     if seed is not None:
         seed_everything(seed, verbose=False)
-    torch.manual_seed(dist.get_rank())
+    if torch_seed is None:
+        torch.seed()  # as in a process that has just started: forked ones have their parent's
+    else:
+        torch.manual_seed(torch_seed + dist.get_rank())
     return weights_at_start(DigitsModule(mlp), InitCallback(), make_ddp_trainer)
 
 
@@ -219,10 +253,16 @@ def test_seed_of_seed_everything_is_used() -> None:
 
 
 def test_seed_is_agreed_on_by_ranks_and_differs_between_runs() -> None:
-    on_0, on_1 = run_ranks(seeded_by, 2, None)
+    on_0, on_1 = run_ranks(seeded_by, 2, None, None)
     assert_same(on_1, on_0)
-    again, _ = run_ranks(seeded_by, 2, None)
+    again, _ = run_ranks(seeded_by, 2, None, None)
     assert_differ(again, on_0)
+
+
+def test_seed_of_torch_is_used_where_there_is_no_other() -> None:
+    on_0, on_1 = run_ranks(seeded_by, 2, None, SEED)
+    assert_same(on_0, initialized(mlp()))
+    assert_same(on_1, on_0)
 
 
 def generator_before_and_after(strategy: str) -> tuple[torch.Tensor, torch.Tensor]:

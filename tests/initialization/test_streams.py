@@ -36,7 +36,7 @@ def _threads() -> Iterator[None]:
 
 def raw_words(key: Key, block: int) -> np.ndarray:
     """The 624 words a key stands for, written down a second time."""
-    text = json.dumps([key.seed, key.name, key.part, block]).encode()
+    text = json.dumps([key.seed, key.name, key.slice_name, block]).encode()
     return np.frombuffer(hashlib.shake_256(text).digest(2496), dtype="<u4")
 
 

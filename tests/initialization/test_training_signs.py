@@ -13,20 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, plan, register
-from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init import SCHEMES, Fans, InitCallback, Rule, initialize, register
 from lightning_init.introspect import roles
 from tests.support.kinds import KINDS, UNDECIDED, Build, with_weights, without_biases
 from tests.support.models import DigitsModule, RowLSTM, conv_net, digits, mlp
 from tests.support.modules import Pretrained, loaded
+from tests.support.signs import signs
 from tests.support.training import fresh, trained, weights_at_start
 from tests.support.weights import assert_differ, assert_same, weights_of
 
 SEEDS = 10
-
-
-def signs(model: nn.Module, *rules: Rule) -> list[str]:
-    return signs_of_training(plan(model, rules=rules), model)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *UNDECIDED])
@@ -121,6 +117,20 @@ def filled(module: nn.Module, **values: Tensor) -> nn.Module:
     return module
 
 
+def moved(module: nn.Module) -> nn.Module:
+    """Every parameter a little beyond the bound it was drawn within."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.01)
+    return module
+
+
+def filled_alike(module: nn.Module, draw: Callable[[Tensor], object]) -> nn.Module:
+    for parameter in module.parameters():
+        draw(parameter)
+    return module
+
+
 RAMP = torch.linspace(-1.0, 1.0, 32)
 NORM_LIKE = r"\(-1 … 1\) is not constant, as a fresh {}'s is"
 EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
@@ -134,8 +144,8 @@ EVIDENCE: list[tuple[Callable[[], nn.Module], str]] = [
     (lambda: filled(nn.Linear(4, 32), bias=0.1 * RAMP), r"bias .* within ±0.5"),
     # One element is no constant.
     (lambda: filled(nn.Linear(2000, 1), weight=1.01 * nn.Linear(2000, 1).weight), r"weight .* ±0.0223607"),
-    (lambda: filled(nn.ConvTranspose1d(16, 32, 4), bias=RAMP), r"bias .* within ±0.0883883"),
-    (lambda: filled(nn.LSTM(4, 32), bias_ih_l0=RAMP.repeat(4)), r"bias_ih_l0 .* within ±0.176777"),
+    (lambda: filled(moved(nn.ConvTranspose1d(16, 32, 4)), bias=RAMP), r"bias .* within ±0.0883883"),
+    (lambda: filled(moved(nn.LSTM(4, 32)), bias_ih_l0=RAMP.repeat(4)), r"bias_ih_l0 .* within ±0.176777"),
     (lambda: filled(nn.Embedding(32, 64), weight=RAMP[:, None] * torch.randn(32, 64)), r"weight: its rows differ .*"),
     (lambda: filled(nn.Embedding(33, 64, 0), weight=torch.cat([torch.zeros(1), RAMP])[:, None] * torch.randn(33, 64)),
      r"weight: its rows differ .*"),
@@ -160,6 +170,12 @@ TWO_SIZES = torch.tensor([[1.0], [1.12]])
 NO_EVIDENCE: list[Callable[[], nn.Module]] = [
     # Nothing but an author's draw moves one of two parameters that a step moves both.
     lambda: filled(nn.BatchNorm2d(32), weight=RAMP),
+    # A prior in a bias: training that moves it that far would have moved weights beyond their bound.
+    lambda: filled(nn.ConvTranspose1d(16, 32, 4), bias=RAMP),
+    lambda: filled(nn.LSTM(4, 32), bias_ih_l0=RAMP.repeat(4)),
+    # All parameters drawn alike, biases included.
+    lambda: filled_alike(nn.LSTM(32, 512), lambda parameter: nn.init.uniform_(parameter, -0.1, 0.1)),
+    lambda: filled_alike(nn.Linear(64, 256), lambda parameter: nn.init.normal_(parameter, std=0.3)),
     lambda: filled(nn.Linear(4, 32), weight=torch.zeros(32, 4), bias=RAMP),
     lambda: filled(nn.Linear(4, 32), bias=1e-6 * RAMP),
     lambda: filled(nn.MultiheadAttention(32, 2), in_proj_bias=1e-6 * RAMP.repeat(3)),
@@ -224,13 +240,13 @@ def test_guard_refuses_loaded_weights_and_its_rule_keeps_them(build: Build, tmp_
     assert_differ(kept(start, "head."), kept(before, "head."))
 
 
-def test_guard_is_off_when_always(tmp_path: Path) -> None:
+def test_guard_is_off_when_trained_weights_are_to_be_overwritten(tmp_path: Path) -> None:
     torch.save(trained(fresh(mlp), 50).state_dict(), tmp_path / "backbone.pt")
     state = torch.load(tmp_path / "backbone.pt", weights_only=True)
     model = Pretrained(lambda: loaded(fresh(mlp, 1), state), new_head=True)
     expected = copy.deepcopy(model)
     initialize(expected, seed=3)
-    assert_same(weights_at_start(model, InitCallback(seed=3, when="always")), weights_of(expected))
+    assert_same(weights_at_start(model, InitCallback(seed=3, trained="overwrite")), weights_of(expected))
 
 
 def test_guard_keeps_all_where_the_root_owns_a_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +263,7 @@ def test_guard_keeps_all_where_the_root_owns_a_trained_weight(monkeypatch: pytes
 def refusal_of(model: DigitsModule, evidence: str) -> list[Rule]:
     """The rules that the error prints, as Python reads them; the weights must be as they were."""
     before = weights_of(model)
-    with pytest.raises(ValueError, match=rf"signs of training(.|\n)*{evidence}(.|\n)*when='always'") as error:
+    with pytest.raises(ValueError, match=rf"signs of training(.|\n)*{evidence}(.|\n)*trained='overwrite'") as error:
         weights_at_start(model, InitCallback(seed=3))
     assert_same(weights_of(model), before)
     to_paste = re.search(r"rules=(\[.*?\])", str(error.value))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightning_init import InitCallback, Rule, initialize, plan
-from lightning_init.initialization.training_signs import signs_of_training
+from lightning_init import InitCallback, Rule, initialize
 from tests.support.modules import Pretrained
+from tests.support.signs import signs
 from tests.support.training import weights_at_start
 from tests.support.transformer_models import MODELS, WIDTH, batch_for
 from tests.support.weights import assert_differ, assert_same, weights_of
@@ -96,22 +96,30 @@ def test_transformers_parameters_are_drawn_or_left_alone_with_a_reason(name: str
 def test_transformers_weights_suit_their_layers(name: str) -> None:
     """Held against the layers themselves, not against roles: He's std by the number of inputs, norms 1 and 0."""
     model = fresh(name)
+    before = {path: module.weight.detach().clone() for path, module in model.named_modules() if is_table(module)}
     drawn = {entry.name: entry for entry in initialize(model).drawn}
+    assert all(f"{path}.weight" in drawn or f"{path}.weight" in LEFT_ALONE[name] for path in before)
     for path, module in model.named_modules():
         for attribute, parameter in module.named_parameters(path, recurse=False):
             if attribute in drawn:
-                scale = expected_scale(name, module, attribute, parameter)
+                scale = expected_scale(name, module, attribute, before.get(path, parameter.detach()))
                 check_values(attribute, parameter.detach(), *scale)
 
 
-def expected_scale(name: str, module: nn.Module, path: str, parameter: Tensor) -> tuple[float, float]:
-    """Mean and std."""
-    if path == TIED_HEADS.get(name):
-        return 0.0, WIDTH**-0.5
+def is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def expected_scale(name: str, module: nn.Module, path: str, before: Tensor) -> tuple[float, float]:
+    """Mean and std, from the author's values of the parameter."""
+    parameter = before
     if path.endswith(".bias"):
         return 0.0, 0.0
-    if isinstance(module, nn.Embedding):
-        return 0.0, 1.0
+    if is_table(module) or path == TIED_HEADS.get(name):
+        rows = before[before.abs().amax(1) > 0]  # without padding
+        std = rows.square().mean().sqrt().item()
+        is_at_torchs_own = path == TIED_HEADS.get(name) and abs(std - 1) < 5 / math.sqrt(2 * rows.numel())
+        return 0.0, WIDTH**-0.5 if is_at_torchs_own else std
     if "Norm" in type(module).__name__:
         return 1.0, 0.0
     fan_in = len(parameter) if isinstance(module, Conv1D) else parameter[0].numel()
@@ -159,12 +167,12 @@ def step_of(model: nn.Module) -> float:
 def test_transformers_signs_of_training(name: str) -> None:
     for seed in range(3):
         model = fresh(name, seed)
-        assert signs_of_training(plan(model), model) == []
+        assert signs(model) == []
         step_of(model)
-        assert signs_of_training(plan(model), model)
+        assert signs(model)
     initialize(model)
     model.zero_grad()
-    assert not [sign for sign in signs_of_training(plan(model), model) if "num_batches_tracked" not in sign]
+    assert not [sign for sign in signs(model) if "num_batches_tracked" not in sign]
 
 
 def test_transformers_conv1d_is_a_linear_stored_the_other_way_round() -> None:

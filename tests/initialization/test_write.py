@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from lightning_init import Normal, Rule, Scheme, initialize
 from lightning_init.initialization import streams
-from lightning_init.initialization.draw import Measured, chunks_of, draw_full
+from lightning_init.initialization.draw import Measured, draw_chunk, make_tasks
 from lightning_init.initialization.plan import make_plan
 from lightning_init.initialization.rules import Request
 from lightning_init.initialization.streams import Block
@@ -30,12 +30,12 @@ SCHEMES = ["he_normal", "xavier_uniform", "lecun_normal_truncated", "orthogonal"
 def plain(model: nn.Module, scheme: str | Scheme, seed: int = 3) -> Mapping[str, Tensor]:
     """The slow way: all values of all slices of each parameter, one after the other, in float32 or complex64."""
     expected = {}
-    for step in make_plan(model, Request.of(scheme)):
-        shape = step.site.parameter.shape
-        parts = chunks_of(step, seed, shape.numel())
-        chunk = (shape[0] // len(parts), *shape[1:]) if shape else ()
-        pieces = [draw_full(part, chunk, step.role, step.site.parameter.dtype) for part in parts]
-        expected[step.name] = torch.cat(pieces) if shape else pieces[0]
+    for task in make_tasks(make_plan(model, Request.of(scheme)), seed):
+        parameter = task.assignment.site.parameter
+        shape, count = parameter.shape, len(task.chunks)
+        of_chunk = (shape[0] // count, *shape[1:]) if shape else ()
+        chunks = [draw_chunk(chunk, of_chunk, task.role, parameter.dtype) for chunk in task.chunks]
+        expected[task.assignment.name] = torch.cat(chunks) if shape else chunks[0]
     return expected
 
 
@@ -43,7 +43,7 @@ def write(model: nn.Module, scheme: str | Scheme = "he_normal", seed: int = 3) -
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(math.nan)
-    return write_all(make_plan(model, Request.of(scheme)), seed)
+    return write_all(make_tasks(make_plan(model, Request.of(scheme)), seed))
 
 
 def assert_plain(model: nn.Module, scheme: str | Scheme) -> None:
@@ -157,12 +157,12 @@ def test_shards_hold_their_elements_of_the_plain_values(
 ) -> None:
     """Uneven and empty shards included; with small blocks, so that shards begin and end inside of them."""
     mesh_shape, placements = layout
-    zeros = torch.zeros(rows, columns, dtype=torch.bfloat16 if bf16 else torch.float32)
+    zeros = torch.full((rows, columns), math.nan, dtype=torch.bfloat16 if bf16 else torch.float32)
     with pytest.MonkeyPatch.context() as patch, as_rank(rank, mesh_shape) as mesh:
         patch.setattr(streams, "BLOCK", block)
-        one, many = Holder(zeros), Holder(distribute_tensor(zeros, mesh, placements, src_data_rank=None))
+        one, many = Holder(zeros), Holder(distribute_tensor(zeros.clone(), mesh, placements, src_data_rank=None))
         write(one, scheme)
-        (measured,) = write_all(make_plan(many, Request.of(scheme)), 3)
+        (measured,) = write_all(make_tasks(make_plan(many, Request.of(scheme)), 3))
         expected = distribute_tensor(one.layer.weight.detach(), mesh, placements, src_data_rank=None).to_local()
         held = many.layer.weight.to_local()
         assert torch.equal(held, expected)
@@ -178,7 +178,7 @@ def test_checksums_of_shards_and_replicas_agree_between_ranks() -> None:
             weight = distribute_tensor(torch.zeros(3, 5), mesh, [Shard(0)], src_data_rank=None)
             model[0].weight = nn.Parameter(weight)
             checksums.append(
-                [part.checksum for part in write_all(make_plan(model, Request.of("he_normal")), rank // 2)]
+                [part.checksum for part in write_all(make_tasks(make_plan(model, Request.of("he_normal")), rank // 2))]
             )
     assert checksums[0] == checksums[1]
     assert checksums[2] == checksums[3]
@@ -197,13 +197,15 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
         patch.setattr(streams, "BLOCK", 64)
         patch.setattr(Block, "draw", counted)
         weight = distribute_tensor(torch.zeros(64, 20), mesh, placements, src_data_rank=None)  # 20 blocks
-        write_all(make_plan(Holder(weight), Request.of("he_normal")), 3)
+        write_all(make_tasks(make_plan(Holder(weight), Request.of("he_normal")), 3))
     return set(drawn)
 
 
 def test_blocks_drawn_by_a_rank_are_those_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     per_rank = [blocks_drawn(monkeypatch, rank, [Shard(0)]) for rank in range(4)]
-    assert per_rank == [set(range(5 * rank, 5 * rank + 5)) | {0} for rank in range(4)]  # block 0 also is the canary
+    assert per_rank == [
+        set(range(5 * rank, 5 * rank + 5)) | {0} for rank in range(4)
+    ]  # block 0 also is the fingerprint
     assert [len(blocks_drawn(monkeypatch, rank, [Shard(1)])) for rank in range(4)] == [20] * 4
     assert len(blocks_drawn(monkeypatch, 2, [Replicate()])) == 20
 
@@ -229,11 +231,11 @@ def test_padding_row_of_a_transposed_table() -> None:
 )
 def test_padding_row_of_a_sharded_table(rank: int, placements: list[Placement]) -> None:
     table = nn.Embedding(6, 9, padding_idx=4)
-    write_all(make_plan(table, Request.of("he_normal")), 0)
+    write_all(make_tasks(make_plan(table, Request.of("he_normal")), 0))
     with as_rank(rank, (4,)) as mesh:
         layer = nn.Embedding(6, 9, padding_idx=4)
         layer.weight = nn.Parameter(distribute_tensor(torch.ones(6, 9), mesh, placements, src_data_rank=None))
-        write_all(make_plan(layer, Request.of("he_normal")), 0)
+        write_all(make_tasks(make_plan(layer, Request.of("he_normal")), 0))
         expected = distribute_tensor(table.weight.detach(), mesh, placements, src_data_rank=None)
         assert torch.equal(layer.weight.to_local(), expected.to_local())
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init import Constant
-from lightning_init.introspect.normalization import is_norm_by_name, norm_role
+from lightning_init.introspect.normalization import batches_tracked, is_norm_by_name, norm_role
 from lightning_init.introspect.roles import role_of
 from tests.support.modules import GemmaRMSNorm, LlamaRMSNorm
 
@@ -155,6 +155,17 @@ def test_norm_role_changes_nothing() -> None:
 def test_norm_names(class_name: str, is_norm: bool) -> None:
     module = type(class_name, (NormalizedLinear,), {})()
     assert is_norm_by_name(module, "weight") is is_norm
+
+
+def test_batches_tracked_counts_those_of_batch_norms() -> None:
+    module = nn.BatchNorm1d(3)
+    assert batches_tracked(module) == 0
+    module(torch.randn(4, 3))
+    module.eval()(torch.randn(4, 3))
+    assert batches_tracked(module) == 1
+    assert batches_tracked(nn.BatchNorm1d(3, track_running_stats=False)) == 0
+    assert batches_tracked(nn.BatchNorm1d(3, device="meta")) == 0
+    assert batches_tracked(nn.LayerNorm(3)) == 0
 
 
 def test_norm_role_of_one_dimensional_weight_and_bias_only() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_init import Constant, Uniform
 from lightning_init.introspect.roles import role_of
-from lightning_init.introspect.torch_roles import TORCH_ROLES
+from lightning_init.introspect.torch_roles import TORCH_ROLES, other_bias_draws
 
 MODULES: list[nn.Module] = [
     nn.Linear(200, 300),
@@ -146,6 +146,12 @@ def test_bilinear_default_grows_with_its_second_input() -> None:
     assert role is not None
     assert role.fans is not None
     assert role.fans.fan_in * role.default.target_std**2 == pytest.approx(30 / 3)
+
+
+def test_other_bias_draws_of_transposed_convolutions_divide_by_the_inputs() -> None:
+    assert other_bias_draws(nn.ConvTranspose2d(8, 6, (3, 2), groups=2)) == [Uniform(-(24**-0.5), 24**-0.5)]
+    assert other_bias_draws(nn.Conv2d(8, 6, (3, 2), groups=2)) == []
+    assert other_bias_draws(nn.Linear(8, 6)) == []
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op:UserWarning")

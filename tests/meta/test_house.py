@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lightning_init"
 
 # From the bottom up. A file may import its own package and what lies strictly below.
 FLOORS = [
-    {"native", "checks"},
+    {"native", "checks", "findings", "sandbox"},
     {"distributed"},
     {"schemes"},
     {"introspect"},
@@ -92,3 +92,120 @@ def test_matplotlib_is_imported_only_where_a_picture_is_drawn() -> None:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert "matplotlib" not in ast.unparse(node), f"{file.relative_to(ROOT)}: move it into the function"
+
+
+OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
+    "callbacks/_lightning.py": {
+        "_average_model": "WeightAveraging keeps its copy there and offers no other way to it",
+        "_batches_that_stepped": "what LearningRateMonitor counts by; global_step counts every optimizer",
+        "_current_fx_name": "tells training_step from validation and other callbacks",
+        "_should_accumulate": "the only answer that knows the short last window of an epoch",
+        "_step_supports_amp_scaling": "how Lightning itself asks whether an optimizer unscales",
+    },
+    "cli/init_cli.py": {
+        "_actions": "argparse has no public list of a parser's arguments",
+        "_get": "LightningCLI's own way to a key below the subcommand",
+        "_parser": "LightningCLI's own way to the subcommand's parser",
+    },
+    "initialization/plan.py": {
+        "_orig": "how pruning and the older spectral_norm end the name of what they compute from",
+        "_OrthMaps": "tells the orthogonal maps that can be inverted",
+        "_reset_parameters": "multi-head attention's own reset",
+        "_version": "tells memory that nothing was written to",
+    },
+    "initialization/write.py": {"_SpectralNorm": "the class that spectral_norm registers has no public name"},
+    "introspect/names.py": {
+        "_checkpoint_wrapped_module": "activation checkpointing's wrapper",
+        "_fsdp_wrapped_module": "FSDP1's wrapper",
+        "_modules": "looks up one child without copying its siblings: names are asked thousands of times",
+        "_orig_mod": "torch.compile's wrapper",
+    },
+    "introspect/own_code.py": {
+        "_ConvNd": "the base of all convolutions",
+        "_ConvTransposeNd": "the base of the three transposed convolutions",
+    },
+    "introspect/sites.py": {
+        "_forward_pre_hooks": "the older weight_norm, spectral_norm and pruning are found in no other place",
+        "_tensor_name": "which parameter a pruning method prunes",
+    },
+    "introspect/torch_roles.py": {"_ConvTransposeNd": "the base of the three transposed convolutions"},
+    "introspect/unit_rules.py": {
+        "_BatchNorm": "the base of all batch norms",
+        "_ConvNd": "the base of all convolutions",
+    },
+    "monitor/collector.py": {
+        "_C": "home of the one below",
+        "_base": "tells a view from its base",
+        "_current_graph_task_id": "tells one backward pass from another",
+        "torch._dynamo": "dynamo's flag for compiled code that runs eagerly",
+    },
+    "monitor/units.py": {
+        "_version": "tells whether a tensor was changed in place since",
+        "torch._C._functorch": "tells tensors inside torch.func, whose elements cannot be read",
+    },
+    "sandbox.py": {
+        "_hooks": "how the names of all of a module's dictionaries of hooks end",
+        "_parameters": "replaced by zeros that are no parameters, of whatever shape",
+        "_buffers": "the same",
+        "_version": "tells whether a tensor was changed in place since",
+    },
+    "show/event_file.py": {
+        "_async_writer": "the way from a SummaryWriter to its file",
+        "_record_writer": "the same",
+        "_worker": "the same",
+        "_writer": "the same",
+    },
+    "show/loggers.py": {"_get_file_writer": "the way from a SummaryWriter to its file"},
+}
+"""The only files that use private names of torch, Lightning and TensorBoard, which names, and why. Keep it short."""
+
+
+def names_made_in(files: list[Path]) -> set[str]:
+    """Every name that these files define: functions, classes, variables and attributes."""
+    made = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                made.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                made.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+                made.add(node.attr)
+    return made
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and len(name) > 1 and name.isidentifier()
+
+
+HOSTS = ("torch", "lightning", "tensorboard", "jsonargparse")
+
+
+def private_names_of_others(file: Path, own: set[str]) -> set[str]:
+    """Private modules and names that a file imports, reaches for as attributes, or has as text (for ``getattr``)."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if any(map(is_private, alias.name.split(".")))}
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_init"):
+            if any(map(is_private, (node.module or "").split("."))):
+                found.add(node.module or "")
+            found |= {alias.name for alias in node.names if is_private(alias.name)}
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 2:
+            found.add(node.value)  # for getattr
+    of_named_tuples = {"_replace", "_asdict"}  # public, whatever they look like
+    own = own | of_named_tuples
+    others = {name for name in found - own if "." not in name or name.partition(".")[0] in HOSTS}
+    return {name for name in others if any(map(is_private, name.split(".")))}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_names_of_others_are_used_only_where_a_reason_is_given(file: Path) -> None:
+    names = private_names_of_others(file, names_made_in(FILES))
+    assert names == set(OTHERS_PRIVATE_NAMES.get(str(file.relative_to(PACKAGE)), {}))

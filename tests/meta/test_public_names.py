@@ -21,7 +21,17 @@ PUBLIC_NAMES = frozenset(
         *("initialize", "plan", "Assignment", "Rule", "InitReport", "Entry"),
         *("observe", "LayerStats", "Histogram", "StatName"),
         *("fans_of", "Fans", "gain_of", "register", "Role"),
-        *("SCHEMES", "SchemeName", "Scheme", "Distribution", "FanScheme", "StructuredScheme", "Matrix", "DrawNormal"),
+        *(
+            "SCHEMES",
+            "SchemeName",
+            "Scheme",
+            "Initializer",
+            "Distribution",
+            "FanScheme",
+            "StructuredScheme",
+            "Matrix",
+            "DrawNormal",
+        ),
         *("Constant", "Normal", "Uniform", "TruncatedNormal", "VarianceScaling", "TorchDefault", "Siren", "SmallInit"),
         *("Orthogonal", "DeltaOrthogonal", "Identity", "Sparse", "ZerO"),
     }
@@ -96,7 +106,7 @@ def test_exported_classes_can_be_extended_by_exported_names_alone() -> None:
             return gain
 
     class Halved(FanScheme):
-        def resolve(self, fans: Fans, gain: float) -> Distribution:
+        def distribution_of(self, fans: Fans, gain: float) -> Distribution:
             return Normal((0.5 / fans.fan_in) ** 0.5)
 
     for scheme in (Sheared(), Halved()):

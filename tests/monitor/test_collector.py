@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.introspect.layers import find_layers
-from lightning_init.monitor.collector import ActivationCollector, LayerRecord
+from lightning_init.monitor.collector import ActivationCollector
 from lightning_init.monitor.moments import signal_variance, variance
+from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.modules import Checkpointed
 from tests.support.oracle import Watched

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from lightning_init.monitor.units import UnitRule, first_floating, unit_dim, unit_rule
+from lightning_init.introspect.unit_rules import UnitRule, unit_rule
+from lightning_init.monitor.units import first_floating, unit_dim
 
 X = torch.ones(3)
 INTEGERS = torch.ones(3, dtype=torch.int64)

@@ -9,10 +9,10 @@ from torch import nn
 from lightning_init import LayerStats
 from lightning_init.introspect.activations import ActivationTraits
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.collector import LayerRecord
 from lightning_init.monitor.exchange import SecondPass, VectorLayout, slots_of
 from lightning_init.monitor.moments import merge, moments_of
 from lightning_init.monitor.parameter_norms import ParameterNorms
+from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from lightning_init.monitor.step_result import StepResult
 

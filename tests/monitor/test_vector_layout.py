@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_init.monitor.collector import LayerRecord
 from lightning_init.monitor.exchange import NUM_FLAGS, Slot, VectorLayout, in_one_order, slots_of
 from lightning_init.monitor.moments import moments_of
+from lightning_init.monitor.record import LayerRecord
 
 CPU = torch.device("cpu")
 A, B, C = Slot("a", 2), Slot("b", 3), Slot("a", 4)

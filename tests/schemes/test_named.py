@@ -184,7 +184,7 @@ def test_aliases_are_one_scheme_and_draw_the_same(names: tuple[str, str]) -> Non
 @pytest.mark.parametrize("shape", ["normal", "uniform", "truncated_normal"])
 def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -> None:
     scheme = VarianceScaling(3.0, mode, shape)
-    distribution = scheme.resolve(Fans(100, 400), scheme.gain)
+    distribution = scheme.distribution_of(Fans(100, 400), scheme.gain)
     kind = {"normal": Normal, "uniform": Uniform, "truncated_normal": TruncatedNormal}[shape]
     assert type(distribution) is kind
     assert distribution.target_mean == 0
@@ -194,17 +194,21 @@ def test_variance_scaling_is_scale_over_fan(mode: str, fan: float, shape: str) -
 def test_variance_scaling_refuses_fans_that_are_no_number() -> None:
     """A lookup table's input has no gradient, so no fan_out."""
     table = Fans(1.0, math.nan)
-    assert VarianceScaling().resolve(table, 1.0) == Normal(1.0)
+    assert VarianceScaling().distribution_of(table, 1.0) == Normal(1.0)
     message = (
         r"^mode 'fan_avg' needs a fan_out, which a lookup table does not have: use mode 'fan_in' or Normal\(std\)$"
     )
     with pytest.raises(ValueError, match=message):
-        VarianceScaling(mode="fan_avg").resolve(table, 1.0)
+        VarianceScaling(mode="fan_avg").distribution_of(table, 1.0)
 
 
 def test_small_init_of_a_given_width_is_the_same_for_all_layers() -> None:
     small = SmallInit(dim=64)
-    assert small.resolve(Fans(64, 256), 1.0) == small.resolve(Fans(256, 64), 1.0) == Normal(math.sqrt(2 / 320))
+    assert (
+        small.distribution_of(Fans(64, 256), 1.0)
+        == small.distribution_of(Fans(256, 64), 1.0)
+        == Normal(math.sqrt(2 / 320))
+    )
 
 
 def siren_net(depth: int, width: int) -> nn.Sequential:
@@ -234,7 +238,7 @@ def test_siren_keeps_the_signal_through_five_layers() -> None:
 
 def test_scheme_of_a_users_formula() -> None:
     class HalfFanIn(FanScheme):
-        def resolve(self, fans: Fans, gain: float) -> Distribution:
+        def distribution_of(self, fans: Fans, gain: float) -> Distribution:
             return Constant(0.5 / fans.fan_in)
 
     layer = nn.Linear(8, 4)

@@ -36,7 +36,10 @@ from tests.support.lifecycle.finders import (
 )
 from tests.support.lifecycle.guard import (
     always_initialises_again,
+    checkpoint_wins_over_always,
     keep_rules_keep,
+    trained_layers_are_kept_beside_a_new_head,
+    trained_weights_are_overwritten,
     trained_weights_are_refused,
     weights_only_file_is_refused,
 )
@@ -74,6 +77,9 @@ EVERYWHERE: list[Case] = [
     fit_after_an_exception,
     validate_and_test_only,
     always_initialises_again,
+    checkpoint_wins_over_always,
+    trained_weights_are_overwritten,
+    trained_layers_are_kept_beside_a_new_head,
     trained_weights_are_refused,
     weights_only_file_is_refused,
     keep_rules_keep,

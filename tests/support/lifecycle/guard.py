@@ -1,14 +1,20 @@
-"""Weights that show signs of training, and `when="always"`."""
+"""Weights that show signs of training, what `trained=` says about them, and `when="always"`."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lightning_init import Rule
-from tests.support.lifecycle.setting import Setting, initialized, new_callback, small_conv_net
+from tests.support.lifecycle.setting import Setting, assert_kept, initialized, new_callback, small_conv_net
+from tests.support.models import conv_net
 from tests.support.weights import assert_same, weights_of
 
+wide_conv_net = partial(conv_net, 24)
 REFUSAL = r"num_batches_tracked(.|\n)*keep"  # the evidence, and the rule to paste
 
 
@@ -20,6 +26,46 @@ def always_initialises_again(setting: Setting) -> None:
     assert len(model.starts) == 2
     for start in model.starts:
         assert_same(start, initialized(small_conv_net))
+
+
+def checkpoint_wins_over_always(setting: Setting) -> None:
+    """A job that is requeued with the same callback goes on where it was."""
+    path, trained = setting.trained(new_callback(when="always"))
+    model = setting.model()
+    setting.trainer(new_callback(when="always", trained="overwrite"), max_epochs=2).fit(model, ckpt_path=path)
+    assert_kept(model.starts[0], trained)
+
+
+def trained_weights_are_overwritten(setting: Setting) -> None:
+    model = setting.model(small_conv_net)
+    setting.trainer().fit(model)
+    setting.trainer(new_callback(trained="overwrite")).fit(model)
+    assert_same(model.starts[-1], initialized(small_conv_net))
+
+
+def trained_layers_are_kept_beside_a_new_head(setting: Setting) -> None:
+    """What shows nothing itself is kept with its neighbours."""
+    model = setting.model(wide_conv_net)
+    setting.trainer().fit(model)
+    trained = weights_of(model)
+    callback = new_callback(trained="keep")
+    torch.manual_seed(5)
+    if setting.strategy != "single":  # a sharded head cannot be replaced by a whole one
+        setting.trainer(callback).fit(model)
+        assert_same(model.starts[-1], trained)
+        return
+    model.network[-1] = nn.Linear(24, 10)
+    setting.trainer(callback).fit(model)
+    start, drawn = model.starts[-1], initialized(wide_conv_net)
+    head = [name for name in start if name.startswith(f"network.{len(model.network) - 1}.")]
+    assert len(head) == 2
+    assert_same({name: start[name] for name in head}, {name: drawn[name] for name in head})
+    body = [name for name in start if name not in head]
+    assert_same({name: start[name] for name in body}, {name: trained[name] for name in body})
+    assert callback.report is not None
+    kept = {entry.reason for entry in callback.report.left_alone}
+    beside = {"trained: its neighbours show signs of training, kept"}
+    assert kept | beside == {"trained: signs of training, kept", *beside}
 
 
 def trained_weights_are_refused(setting: Setting) -> None:
