@@ -37,6 +37,7 @@ def nearest_names(given: str, known: Iterable[str], *, at_most: int, however_far
     >>> nearest_names("net.1.wieght", ["net.0.bias", "net.1.weight", "net.1.bias"], at_most=2)
     ['net.1.weight', 'net.1.bias']
     """
+    # 2·common/(sum of both lengths) has to be 0.6, difflib's own default: at 0.5, "red" would be offered for "green".
     return difflib.get_close_matches(given, list(known), n=at_most, cutoff=0.0 if however_far else 0.6)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_init.checks import check_choice, check_finite, check_integer, check_positive, did_you_mean
+from lightning_init.checks import check_choice, check_finite, check_integer, check_positive, did_you_mean, nearest_names
 
 
 def test_check_choice_names_the_allowed_and_the_nearest() -> None:
@@ -37,6 +37,15 @@ def test_did_you_mean_finds_the_nearest_name() -> None:
         "; did you mean 'xavier_normal'?"
     )
     assert did_you_mean("relu", []) == ""
+    assert did_you_mean("green", (name for name in ["red", "blue"])) == ""  # one half in common
+
+
+def test_nearest_names_come_in_order_of_their_distance() -> None:
+    names = ["head.bias", "encoder.weight", "head.weight", "norm.scale"]
+    assert nearest_names("heads.weight", iter(names), at_most=3) == ["head.weight", "encoder.weight"]
+    assert nearest_names("heads.weight", names, at_most=1) == ["head.weight"]
+    assert nearest_names("heads.weight", [], at_most=3) == []
+    assert set(nearest_names("x", names, at_most=9, however_far=True)) == set(names)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1e-300, -math.inf, math.inf, math.nan])

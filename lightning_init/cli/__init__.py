@@ -1,1 +1,1 @@
-"""The command line: LightningCLI with two more blocks, and errors of one line."""
+"""The command line: LightningCLI with an ``init`` and a ``monitor`` block, and errors of one line."""

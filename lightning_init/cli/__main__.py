@@ -1,4 +1,4 @@
-"""``python -m lightning_init.cli``: the ``lightning-init`` command."""
+"""``python -m lightning_init.cli`` does what the ``lightning-init`` command does."""
 
 from lightning_init.cli.init_cli import main
 

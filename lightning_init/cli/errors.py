@@ -1,4 +1,8 @@
-"""A mistake in a configuration in one line: where it is, what was given, what is allowed, what was probably meant."""
+"""jsonargparse's errors in one line: where the mistake is, what was given, what is allowed, what was probably meant.
+
+Its reports have no structure but their text, so their sentences are searched for. Each function below knows one kind of
+mistake, and returns "" for a report of another kind.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,15 @@ from lightning_init.checks import did_you_mean
 def explain(message: str, known_keys: Iterable[str] = ()) -> str:
     """Reduce jsonargparse's report of a failed parse to one line.
 
-    The report is a tree: for a union of types one indented paragraph per type, down to the value that is wrong.
+    A report may be long: for a union of types it has one indented paragraph per type, each with paragraphs of its own,
+    down to the value that is wrong.
 
     Args:
         message: the report.
-        known_keys: the parser's keys, to find the one that was meant by an unknown one.
+        known_keys: all keys of the parser, such as ``trainer.max_epochs``: one of them is suggested for an unknown key.
 
     Returns:
-        One line; a report of unknown shape comes back whole, its line breaks as spaces.
+        One line. A report of an unknown kind is returned whole, with spaces in place of line breaks.
 
     Example:
         >>> print(explain("Parser key 'when': Expected a typing.Literal['fresh', 'always']. Got value: frehs"))
@@ -34,20 +39,21 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
 
 
 def _where(message: str) -> str:
-    """The keys on the way down to the wrong value, as one: ``init.rules.scheme: ``."""
-    steps = re.findall(r"""[Pp]arser key ["']([\w.]+)["']""", message)
-    return ".".join(steps) + ": " if steps else ""
+    """The keys of the nested parsers that lead to the wrong value, as one: ``init.rules.scheme: ``."""
+    keys = re.findall(r"""[Pp]arser key ["']([\w.]+)["']""", message)
+    return ".".join(keys) + ": " if keys else ""
 
 
 def _unknown_key(key: str, known_keys: list[str]) -> str:
-    """A key that no parser knows: the nearest whole key, or its first step if that is the misspelt one."""
-    heads = [known.partition(".")[0] for known in known_keys]
-    head = key.partition(".")[0]
-    return f"unknown option '{key}'{did_you_mean(key, known_keys) if head in heads else did_you_mean(head, heads)}"
+    """A key that no parser knows. If its first part is unknown (``monitr.every_n_steps``), only that is corrected."""
+    first_parts = [known.partition(".")[0] for known in known_keys]
+    first_part = key.partition(".")[0]
+    near = did_you_mean(key, known_keys) if first_part in first_parts else did_you_mean(first_part, first_parts)
+    return f"unknown option '{key}'{near}"
 
 
 def _unknown_argument(message: str) -> str:
-    """An argument that the class it is meant for does not take."""
+    """An argument that the class it is given to does not have."""
     argument = re.search(r"Option '([\w.]+)' is not accepted", message)
     class_paths = re.findall(r"Problem with given class_path '([\w.]+)'", message)
     if not (argument and class_paths):
@@ -58,7 +64,7 @@ def _unknown_argument(message: str) -> str:
 
 
 def _unknown_class(message: str) -> str:
-    """A class path whose module does not have the name."""
+    """An import path whose module does not have the class."""
     missing = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message)
     if not missing:
         return ""
@@ -66,7 +72,7 @@ def _unknown_class(message: str) -> str:
 
 
 def _wrong_class(message: str) -> str:
-    """A class path of another kind of class."""
+    """An import path of a class that is not a subclass of the expected one."""
     wrong = re.search(r"Import path ?([\w.]*) does not correspond to a subclass of (\w+)", message)
     if not wrong:
         return ""
@@ -75,8 +81,8 @@ def _wrong_class(message: str) -> str:
 
 
 def _wrong_value(message: str) -> str:
-    """A value that is none of the choices, or of another type."""
-    # The innermost paragraph closes first: what precedes the first "value" is about that value.
+    """A value that is not among the choices, or of another type."""
+    # Each paragraph ends with the value it is about, the innermost first: what is expected of it stands before that.
     innermost, found_by, rest = re.split(r"(Given value|Got value): ", f"{message}\nGiven value: ", maxsplit=1)
     value = rest.split("\n", 1)[0].strip()
     expected = innermost.rpartition("Errors:" if found_by == "Given value" else "\n")[2]

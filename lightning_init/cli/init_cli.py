@@ -1,4 +1,4 @@
-"""LightningCLI with the two callbacks as blocks of the YAML and as flags; the ``lightning-init`` command."""
+"""LightningCLI with this package's two callbacks as blocks of the YAML and as flags: the ``lightning-init`` command."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_init.initialization.rules import Rule
 from lightning_init.schemes.scheme import Scheme
 
 BLOCKS: dict[str, type[Callback]] = {"init": InitCallback, "monitor": ActivationVarianceMonitor}
-"""The keys this CLI adds beside ``trainer``, ``model`` and ``data``, and the callback each one makes."""
+"""The keys that this CLI adds to ``trainer``, ``model`` and ``data``, and the callback that each one makes."""
 
 
 class InitArgumentParser(LightningArgumentParser):
-    """Reports a wrong argument in one line: what was given, what is allowed, what was probably meant."""
+    """A parser that reports a wrong argument in one line: what was given, what is allowed, what was probably meant."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the line on stderr and exit with status 2.
 
-        Inner parsers, which only try whether one of several types fits, raise as jsonargparse expects.
+        The parsers of nested values raise instead: jsonargparse tries with them which of several types fits.
         """
         if not self.exit_on_error:
             super().error(message, ex)
@@ -46,10 +46,10 @@ class InitArgumentParser(LightningArgumentParser):
 class InitCLI(LightningCLI):
     """:class:`~lightning.pytorch.cli.LightningCLI` with an ``init`` and a ``monitor`` block.
 
-    Each block makes its callback with the arguments it lists; without a block (or with ``null``) there is
-    none. The same as flags: ``--init.scheme he_normal``, ``--monitor.every_n_steps 10``; ``--init`` and
-    ``--monitor`` alone stand for the defaults. A block takes the place of a callback of its class under
-    ``trainer.callbacks`` (and in ``trainer_defaults``), so the command line can change what a file has set.
+    Each block lists the arguments of its callback; without the block, or where it is ``null``, there is no callback.
+    The same as flags: ``--init.scheme he_normal``, ``--monitor.every_n_steps 10``; ``--init`` or ``--monitor`` alone
+    makes the callback with its defaults. A block replaces a callback of its class in ``trainer.callbacks`` and in
+    ``trainer_defaults``, so that the command line can change what a file or a script has set.
 
     Source: the flags follow https://lightning.ai/docs/pytorch/stable/cli/lightning_cli_expert.html.
     """
@@ -60,7 +60,7 @@ class InitCLI(LightningCLI):
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the two blocks. They are optional types, not argument groups, which would always be made."""
+        """Add the two blocks: as arguments of an optional type, because a group of arguments would always be made."""
         for key, callback_class in BLOCKS.items():
             parser.add_argument(
                 f"--{key}",
@@ -72,7 +72,7 @@ class InitCLI(LightningCLI):
             )
 
     def before_instantiate_classes(self) -> None:
-        """Let a constructor's refusal of an argument end in one line instead of a traceback."""
+        """Make an error of one of this package's constructors one line instead of a traceback."""
         for made_from_config in (*BLOCKS.values(), Rule, Scheme):
             self.parser.add_instantiator(self._construct, made_from_config, subclasses=True)
         super().before_instantiate_classes()
@@ -84,7 +84,7 @@ class InitCLI(LightningCLI):
             self._parser(self.subcommand).error(f"{class_type.__name__}: {error}", error)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the Trainer with the blocks' callbacks in place of others of the same class."""
+        """Make the Trainer with the callbacks of the blocks, in place of others of the same class."""
         blocks = {key: self._get(self.config_init, key) for key in BLOCKS}
         made = [callback for callback in blocks.values() if callback is not None]
         trainer = self._get(self.config_init, "trainer", default={})
@@ -100,24 +100,23 @@ class InitCLI(LightningCLI):
 
 
 def without(callbacks: list[Callback], others: list[Callback]) -> list[Callback]:
-    """The callbacks, less those of our two classes that ``others`` has as well."""
+    """``callbacks`` without those of this package's two classes of which ``others`` has one as well."""
     taken = {type(other) for other in others} & set(BLOCKS.values())
     return [callback for callback in callbacks if type(callback) not in taken]
 
 
 def as_list(callbacks: Callback | list[Callback] | None) -> list[Callback]:
-    """What Lightning accepts for ``callbacks``, as a new list."""
+    """A new list of what Lightning accepts as ``callbacks``: None, one callback or a list of them."""
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, list) else [callbacks]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run ``lightning-init fit | validate | test | predict``; models and data are named by ``class_path``.
+    """Run ``lightning-init fit | validate | test | predict``; models and data are given by their ``class_path``.
 
-    Classes next to the working directory can be named too, as with ``python -m``: a console script's own
-    directory, not the caller's, is on ``sys.path`` otherwise. Processes that Lightning starts for DDP come
-    through here as well.
+    The working directory is added to ``sys.path``, as ``python -m`` does, so that classes in its files can be given
+    too: a console script has only its own directory there. Processes that Lightning starts for DDP call this as well.
     """
     sys.path.insert(0, os.getcwd())
     InitCLI(args=args)

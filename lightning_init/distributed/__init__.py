@@ -1,1 +1,1 @@
-"""The ranks there are, and what each of them holds of a tensor."""
+"""Which ranks there are, how they exchange messages and vectors, and which part of a sharded tensor each one holds."""

@@ -1,4 +1,4 @@
-"""The ranks of this run, and the two ways in which they tell each other something; one rank where there is no group."""
+"""How many ranks there are, and the two ways in which they exchange data. Without a process group: one rank."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import Tensor
 Message = TypeVar("Message")
 
 
-def is_distributed() -> bool:
-    """Whether there are other ranks."""
-    return world_size() > 1
-
-
 def world_size() -> int:
-    """Number of ranks."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_distributed() -> bool:
+    """Whether there are other ranks: a process group of one rank is not distributed."""
+    return world_size() > 1
+
+
 def all_gather_object(message: Message) -> list[Message]:
-    """Every rank's message, in rank order. Slow: only when ranks first meet, or have something new to say."""
-    if world_size() == 1:
+    """Every rank's message, in order of rank; ``[message]``, without a collective, where there are no others.
+
+    Messages are pickled, which takes milliseconds: use it where a fit starts or when something new has to be agreed
+    on, not at every step. As with every collective, all ranks have to call it.
+    """
+    if not is_distributed():
         return [message]
     messages: list[Message] = [message] * world_size()
     dist.all_gather_object(messages, message)
@@ -30,6 +34,11 @@ def all_gather_object(message: Message) -> list[Message]:
 
 
 def all_reduce(vector: Tensor, *, maximum: bool = False) -> None:
-    """Overwrite ``vector`` with the sum (or the maximum) of all ranks' vectors: one collective."""
-    if dist.is_available() and dist.is_initialized():
+    """Overwrite ``vector`` with the elementwise sum (or maximum) of all ranks' vectors: one collective.
+
+    Args:
+        vector: of the same shape and dtype on every rank, on a device that the process group can send from.
+        maximum: take the maximum instead of the sum.
+    """
+    if is_distributed():
         dist.all_reduce(vector, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)

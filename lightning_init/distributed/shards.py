@@ -1,9 +1,8 @@
-"""What this process holds of a tensor: all of a plain one, a shard of a DTensor.
+"""Which part of a sharded tensor this rank holds.
 
-Two questions, with two ways to an answer. :class:`LocalShard` says where every local element of a parameter lies in the
-full one, for any placements; it asks DTensor itself to shard the indices, which costs a few small tensors and is done
-once per parameter. :class:`UnitShard` says which entries along one dimension are held; it is asked in hooks at every
-forward pass, where only arithmetic on sizes is cheap enough, and where shards are consecutive.
+:class:`LocalShard` says it for all elements, in the order in which they are drawn; :class:`UnitShard` says it for one
+dimension, in whole units. Both ask :func:`_held_runs`, which computes what a DTensor's placements mean for one
+dimension: on the CPU, without communication, and fast enough for hooks.
 """
 
 from __future__ import annotations
@@ -13,20 +12,22 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """The local elements of one parameter, and where they lie in the full one (flattened, row by row).
+    """The local elements of one parameter, and their flat (row-major) positions in the full parameter.
+
+    Rank 1 of 2 that hold a [4, 3] parameter by rows has the last six of its twelve elements: ``offset`` 6. By columns
+    ([4, 2] and [4, 1]), it has the elements 2, 5, 8 and 11: these are its ``positions``.
 
     Attributes:
-        local: this process's tensor: shares memory with the parameter. Shape: [local sizes]
+        local: this rank's tensor, which shares memory with the parameter. Shape: [local sizes]
         full_shape: shape of the full parameter.
         offset: flat position of the first local element, where the local elements are consecutive.
-        positions: else the flat position of each local element, in local order. Shape: [local.numel()]
-        is_sharded: whether what is held differs from process to process, even if this one holds everything.
+        positions: else the flat position of each local element, ascending. Shape: [local.numel()]
+        is_sharded: whether ranks hold different elements, even if this one happens to hold all of them.
     """
 
     local: Tensor
@@ -36,17 +37,21 @@ class LocalShard:
     is_sharded: bool = False
 
     def take(self, full: Tensor) -> Tensor:
-        """This process's elements of a full parameter's values, in local order. Shape: [local.numel()]"""
+        """This rank's elements of a full parameter's values, in local order. Shape: [local.numel()]"""
         flat = full.reshape(-1)
         if self.positions is not None:
             return flat[self.positions]
         return flat[self.offset : self.offset + self.local.numel()]
 
     def overlap(self, first: int, stop: int) -> tuple[slice, Tensor | slice] | None:
-        """Where the full parameter's flat elements ``first`` to ``stop`` lie here; None if none of them is held.
+        """Which of the full parameter's flat elements ``first`` to ``stop`` (exclusive) this rank holds.
+
+        A shard of ten elements from offset 20 on gives ``(slice(0, 5), slice(5, 10))`` for the elements 15 to 25: its
+        first five elements are the last five of those ten.
 
         Returns:
-            The local flat range, and which of the elements ``first`` to ``stop`` go there.
+            Where they are among the local elements, and where among the elements ``first`` to ``stop``; None if this
+            rank holds none of them.
         """
         if self.positions is None:
             held_first = max(first, self.offset)
@@ -61,59 +66,46 @@ class LocalShard:
 
 
 def local_shard_of(tensor: Tensor) -> LocalShard:
-    """The shard of a plain tensor, which is all of it, or of a DTensor with any Shard and Replicate placements.
+    """The local shard of a DTensor with any number of Shard and Replicate placements; of a plain tensor, all of it.
 
     Raises:
-        ValueError: a DTensor with partial sums, or one whose shard is not in ascending order.
+        ValueError: a DTensor with partial sums, or one whose local elements are not in ascending order.
     """
     if not isinstance(tensor, DTensor):
         return LocalShard(tensor.detach(), tensor.shape)
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(f"a parameter with partial placements {tensor.placements} cannot be initialised")
-    local = tensor.to_local().detach()  # in this order: detaching a DTensor may hand out an equal, older mesh
+    local = tensor.to_local().detach()  # in this order: detaching a DTensor may return one on an equal, older mesh
     is_sharded = any(hasattr(placement, "dim") for placement in tensor.placements)
     indices = [_held_indices(tensor, dim) for dim in range(tensor.ndim)]
     if all(len(held) == size for held, size in zip(indices[1:], tensor.shape[1:], strict=True)):
-        first = indices[0] if indices else torch.zeros(1, dtype=torch.int64)
-        if first.numel() == 0 or int(first[-1]) - int(first[0]) == first.numel() - 1:
-            row = tensor.numel() // tensor.shape[0] if tensor.ndim and tensor.shape[0] else 1
-            offset = int(first[0]) * row if first.numel() else 0
+        # Complete rows: they are consecutive in the full parameter if their indices are.
+        rows = indices[0] if indices else torch.zeros(1, dtype=torch.int64)
+        if rows.numel() == 0 or int(rows[-1]) - int(rows[0]) == rows.numel() - 1:
+            row_size = tensor.numel() // tensor.shape[0] if tensor.ndim and tensor.shape[0] else 1
+            offset = int(rows[0]) * row_size if rows.numel() else 0
             return LocalShard(local, tensor.shape, offset, is_sharded=is_sharded)
     return LocalShard(local, tensor.shape, positions=_flat_positions(indices, tensor.shape), is_sharded=is_sharded)
 
 
-def _held_indices(tensor: DTensor, dim: int) -> Tensor:
-    """The indices along one dimension that this process holds; without communication. Shape: [local size]
-
-    Sharding ``arange`` exactly as the parameter's dimension is sharded asks DTensor itself, uneven shards,
-    two-dimensional meshes and strided shards included.
-    """
-    placements = [_along(placement, dim) for placement in tensor.placements]
-    indices = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
-    return distribute_tensor(indices, tensor.device_mesh, placements, src_data_rank=None).to_local().cpu()
-
-
-def _along(placement: Placement, dim: int) -> Placement:
-    """The placement of a vector that is cut like dimension ``dim`` of the parameter."""
-    if getattr(placement, "dim", None) != dim:  # a strided shard is no Shard: ask for its dim
-        return Replicate()
-    factor = getattr(placement, "split_factor", None)
-    return Shard(0) if factor is None else type(placement)(0, split_factor=factor)  # type: ignore[call-arg]
-
-
 def _flat_positions(indices: list[Tensor], shape: torch.Size) -> Tensor:
-    """Flat position in the full parameter of each local element. Shape: [product of the local sizes]"""
+    """Flat position in the full parameter of each local element. Shape: [product of the local sizes]
+
+    Args:
+        indices: for each dimension, the indices along it that this rank holds. [dims][local size]
+        shape: of the full parameter.
+    """
     positions = torch.zeros((), dtype=torch.int64)
     for held, size in zip(indices, shape, strict=True):
         positions = positions.unsqueeze(-1) * size + held
     flat = positions.flatten()
-    if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()):
+    if flat.numel() > 1 and not bool((flat[1:] > flat[:-1]).all()):  # overlap() finds blocks by bisection
         raise ValueError("a shard whose elements are not in ascending order cannot be initialised")
     return flat
 
 
 class UnitShard(NamedTuple):
-    """The units ``offset`` to ``offset + held`` of ``total``."""
+    """Which units of a layer this rank computes: the ``held`` units from ``offset`` on, of ``total``."""
 
     held: int
     offset: int
@@ -121,9 +113,10 @@ class UnitShard(NamedTuple):
 
 
 def local_numbers(tensor: Tensor) -> Tensor | None:
-    """This rank's numbers; a plain tensor as it is; None for a sum that ranks have not made yet.
+    """This rank's part of a DTensor; a plain tensor as it is; None for partial sums, which ranks still have to add.
 
-    Such numbers exist nowhere, and making them would be a collective inside a hook, where nobody may wait.
+    The numbers of a partial sum exist on no rank, and adding them up would be a collective inside a hook, for which
+    the other ranks may not be there.
     """
     if not isinstance(tensor, DTensor):
         return tensor
@@ -131,18 +124,17 @@ def local_numbers(tensor: Tensor) -> Tensor | None:
 
 
 def unit_shard_of(tensor: DTensor, dim: int) -> UnitShard:
-    """Which entries along ``dim`` this rank holds; no communication.
-
-    The function behind it is private, and the only one that knows every placement, strided shards included.
-    """
-    held, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return UnitShard(held[dim], offset[dim], tensor.shape[dim])
+    """Which entries along ``dim`` this rank holds; where it holds none, ``offset`` is ``total``."""
+    runs = _held_runs(tensor, dim)
+    total = tensor.shape[dim]
+    return UnitShard(sum(map(len, runs)), runs[0].start if runs else total, total)
 
 
 def unit_shard_from_weights(module: nn.Module, units: int) -> UnitShard | None:
-    """Which units a column-parallel module computes here; None if its own parameters are not split by units.
+    """Which units a column-parallel module computes on this rank; None if no own parameter is split by units.
 
-    To be asked while the forward pass has the weights: FSDP2 splits them otherwise, for reasons of its own.
+    To be called in the forward pass, while the weights are gathered: outside of it, FSDP2 splits their rows as well,
+    which has nothing to do with the units that are computed here.
     """
     for parameter in module.parameters(recurse=False):
         if isinstance(parameter, DTensor):
@@ -151,3 +143,57 @@ def unit_shard_from_weights(module: nn.Module, units: int) -> UnitShard | None:
                 if size == units and shard.held < size:
                     return shard
     return None
+
+
+def _held_indices(tensor: DTensor, dim: int) -> Tensor:
+    """The indices along ``dim`` that this rank holds, in local order. Shape: [local size]"""
+    runs = _held_runs(tensor, dim)
+    # On the CPU, whatever the default device is: positions are compared with Python numbers.
+    return torch.cat([torch.arange(run.start, run.stop, device="cpu") for run in (range(0), *runs)])
+
+
+def _held_runs(tensor: DTensor, dim: int) -> list[range]:
+    """The indices along ``dim`` that this rank holds, in local order, as runs of consecutive ones; none is empty.
+
+    DTensor applies its placements from the first mesh dimension to the last, each to what the ones before have left:
+    ``[Shard(0), Shard(0)]`` on a (2, 2) mesh cuts the rows in halves and each half in halves. Torch has a function for
+    this, but it is private (and slower); distributing an ``arange`` like the tensor would wait for the device. Tests
+    compare with what ``distribute_tensor`` gives to every rank.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:  # this rank is not in the tensor's mesh
+        return []
+    runs = [range(tensor.shape[dim])]
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if getattr(placement, "dim", None) == dim:  # Shard, or torch's private _StridedShard, which is no subclass
+            split_factor = getattr(placement, "split_factor", 1)
+            kept = _kept(sum(map(len, runs)), split_factor, tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim])
+            runs = [part for positions in kept for part in _cut(runs, positions)]
+    return [run for run in runs if run]
+
+
+def _kept(size: int, split_factor: int, num_ranks: int, rank: int) -> list[range]:
+    """The positions 0 to ``size`` that one placement leaves to ``rank``: as many ranges as its ``split_factor``.
+
+    Shard has split factor 1: rank 1 of 2 keeps 2 and 3 of the positions 0 to 3. A strided shard first cuts into
+    ``split_factor`` chunks, then each chunk: with factor 2, rank 1 of 2 keeps 1 and 3. FSDP2 over tensor parallel is
+    written so: its factor is the number of tensor-parallel ranks, which have cut the parameter before.
+    """
+    return [_chunk(_chunk(range(size), split_factor, i), num_ranks, rank) for i in range(split_factor)]
+
+
+def _chunk(run: range, chunks: int, index: int) -> range:
+    """One chunk of ``run`` as ``torch.chunk`` cuts it: all have the same size, rounded up, until nothing is left."""
+    size = -(-len(run) // chunks)
+    return run[index * size : (index + 1) * size]
+
+
+def _cut(runs: list[range], positions: range) -> list[range]:
+    """What stands at ``positions`` of the runs laid end to end: ``_cut([range(4, 6), range(8, 10)], range(1, 3))``
+    is ``[range(5, 6), range(8, 9)]``.
+    """
+    found, before = [], 0  # how many elements the earlier runs have
+    for run in runs:
+        found.append(run[max(positions.start - before, 0) : max(positions.stop - before, 0)])
+        before += len(run)
+    return found

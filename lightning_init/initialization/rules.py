@@ -1,4 +1,4 @@
-"""What the user asked for, checked when it is said: rules, the scheme, its gain, the bias."""
+"""What the user asked for (a scheme, its gain, the bias, rules ahead of it), checked when it is given."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_init.schemes.scheme import Scheme
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters whose full name matches a glob get a scheme of their own; the first rule that matches wins.
+    """A scheme for the parameters whose full name matches a pattern; the first rule that matches wins.
 
-    A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is taken literally. One whose last
-    step is ``*`` (``encoder.*``) speaks of modules: their weights get the scheme, their biases and norms what
-    they get without a rule. So does a glob that matches weights and others (``*.weight`` also matches the scale of
-    a norm): it speaks of the weights.
+    A pattern that ends in a parameter's name (``head.weight``, ``*.bias``) is literal: the parameters that it matches
+    get the scheme. A pattern that ends in ``.*`` (``encoder.*``), or is ``*``, is about modules: their weights get the
+    scheme, their biases and normalisations what they would get without the rule. So is a glob that matches weights and
+    others (``*.weight`` also matches the scale of a norm): it speaks of the weights.
 
     Args:
-        pattern: glob on the parameter's full name, wrappers removed; ``*`` also matches dots.
-        scheme: a name of :data:`SCHEMES`, a scheme object, or ``"keep"``: leave the parameter as it is.
+        pattern: glob on the parameter's full name without wrappers such as ``_orig_mod.``; ``*`` also matches dots.
+        scheme: a name of :data:`SCHEMES`, a scheme object, or ``"keep"``, which leaves the parameter as it is.
         gain: in place of the scheme's own; only for schemes that have a gain.
 
     Raises:
-        ValueError: an empty pattern, an unknown scheme, a gain that is not above 0 or has no meaning.
+        ValueError: an empty pattern, an unknown scheme, a gain that is not above 0, or a gain for a scheme without.
         TypeError: an argument of the wrong type.
 
     >>> Rule("head.weight", "zeros").matches("head.weight")
@@ -62,7 +62,7 @@ class Rule:
 
     @property
     def is_literal(self) -> bool:
-        """Whether the pattern ends in a parameter's name instead of ``*``."""
+        """Whether the last part of the pattern is a parameter's name, not ``*``."""
         return self.pattern.rpartition(".")[2] != "*"
 
     @property
@@ -77,10 +77,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Request:
-    """One checked request: a scheme for everything, rules ahead of it, the gain and the bias.
+    """All arguments of one initialisation, checked.
 
-    Raises:
-        ValueError, TypeError: as :class:`Rule`; an unknown activation; a bias that is not finite.
+    Attributes:
+        scheme: for every weight that no rule matches.
+        rules: the first that matches a parameter decides.
+        gain: in place of the scheme's own; None: its own.
+        bias: the value of every bias; None: the scheme's own choice.
+        text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
     scheme: Scheme
@@ -97,7 +101,19 @@ class Request:
         activation: str | None = None,
         bias: float | None = None,
     ) -> Request:
-        """Check what a user gave and turn it into a request."""
+        """Check a user's arguments and turn them into a request.
+
+        Args:
+            scheme: a name of :data:`SCHEMES` or a scheme object.
+            rules: as in :class:`Request`.
+            activation: what the gain is made for, such as ``gelu``; None: the scheme's own gain.
+            bias: as in :class:`Request`.
+
+        Raises:
+            ValueError: an unknown scheme or activation, an activation for a scheme without a gain, a bias that is not
+                finite.
+            TypeError: an argument of the wrong type, such as one Rule where a list of them is meant.
+        """
         chosen = scheme_of(scheme)
         gain = None
         if activation is not None:
@@ -138,7 +154,12 @@ class Request:
 
 
 def check_takes_gain(scheme: Scheme, what: str) -> None:
-    """Raise ValueError where a gain was given to a scheme that has none."""
+    """Raise ValueError, listing the schemes with a gain, if ``scheme`` has none.
+
+    Args:
+        scheme: what a gain was given to.
+        what: the argument that gave it, for the message: ``Rule(gain)`` or ``activation``.
+    """
     if not scheme.takes_gain:
         able = [name for name, known in SCHEMES.items() if known.takes_gain]
         raise ValueError(

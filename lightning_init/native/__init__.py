@@ -6,8 +6,11 @@ import importlib
 import os
 from typing import Any
 
+import torch  # noqa: F401 - loads the OpenMP library whose threads the compiled code looks up once, when it is imported
+
 OFF_SWITCH = "LIGHTNING_INIT_NATIVE"
-"""Environment variable: "0" leaves the compiled code alone, as if there had been no C compiler at installation."""
+"""Environment variable, read once, at import: "0" leaves the compiled code alone, as if there had been no C compiler
+at installation. Every other value leaves it on."""
 
 
 def _load() -> Any:

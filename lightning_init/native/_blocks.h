@@ -1,12 +1,15 @@
 /* Σx of each unit and Σx² of one block of float32 numbers.
 
-   A block of about a thousand numbers is added up in float32, eight at a time and never more than 32 one after the
-   other, as distances d from a number k near their mean (of rows: from the first one): whatever the mean is, a sum of
-   squares changes by less than a millionth. Blocks meet in float64, as Σx = Σd + nk and Σx² = Σd² + k (2 Σd + nk). A
-   block that still is far from its k compared with its spread, whose squares leave float32, or that holds a NaN, is
-   added up once more in float64: there, float32 would lose more than rounding.
+   A block has about a thousand numbers: 1024 in a row of one unit, or 32 rows of all units. It is added up in float32,
+   eight numbers at a time, so that at most 32 are added one after the other. What is added are distances d from a number
+   k near their mean: the mean of the first 32 numbers, or each unit's number in the first row. Whatever the mean is,
+   rounding then changes a sum of squares by less than a millionth.
 
-   The vectors are those of GCC and Clang, for any processor. */
+   The sums of blocks are added in float64, as Σx = Σd + nk and Σx² = Σd² + k (2 Σd + nk). Float32 is not enough for a
+   block whose distances from k are large compared with their own spread, whose squares leave the range of float32, or
+   that holds a NaN: such a block is added up once more in float64.
+
+   The vector types are an extension of GCC and Clang, which compile them for any processor. */
 
 #include <stdint.h>
 #include <string.h>
@@ -16,8 +19,8 @@ typedef float Half __attribute__((vector_size(16)));
 typedef double Doubles __attribute__((vector_size(32)));
 enum { LANES = 8, HALF = 4, BLOCK = 1024, ROWS = 32, STRIP = 4 };
 
-/* Mean squares between which float32 squares neither vanish nor overflow, and the least share of Σd² that has to be
-   spread: what the mean takes away multiplies rounding by four at most. */
+/* Float32 squares neither vanish nor overflow while their mean is between LEAST and LARGEST. Subtracting the squared mean
+   from Σd² leaves a variance; if at least SPREAD of Σd² is left, rounding errors grow by a factor of four at most. */
 static const double LEAST = 1e-30, LARGEST = 1e30, SPREAD = 0.25;
 
 #define INLINE static inline __attribute__((always_inline))
@@ -42,12 +45,13 @@ INLINE double total_of_floats(Floats v) {
     return total(load_wide(numbers) + load_wide(numbers + HALF));
 }
 
-/* Whether the float32 sums of a block can be kept; between is what Σd² would be if every unit were its mean. */
+/* Whether the float32 sums of a block are good enough. squares: its Σd²; between: what Σd² would be if every number were
+   the mean of its unit. A NaN makes each comparison false. */
 INLINE int is_safe(double squares, double between, double count) {
     return squares > LEAST * count && squares < LARGEST * count && squares - between > SPREAD * squares;
 }
 
-/* Neighbours in memory belong to one unit: each function adds to *sum and returns Σx². */
+/* The next two functions are for numbers of one unit, consecutive in memory: they add to *sum and return Σx². */
 
 INLINE double run_in_float64(const float *x, int64_t count, double *sum) {
     Doubles s[4] = {{0}}, q[4] = {{0}};
@@ -89,7 +93,8 @@ INLINE double block(const float *x, int64_t count, double *sum) {
     return squares + k * (2 * distance + whole * k) + run_in_float64(x + whole, count - whole, sum);
 }
 
-/* Neighbours in memory belong to different units: each function adds to sums[units] and returns Σx². */
+/* The other functions are for rows of all units: they add to sums[units] and return Σx². strip, the part of
+   block_of_rows that reads STRIP rows at once, returns Σd². */
 
 INLINE double row_in_float64(const float *x, int64_t units, double *sums) {
     Doubles q[2] = {{0}};
@@ -133,7 +138,7 @@ INLINE double strip(const float *x, const float *k, int64_t units, float *sums) 
     return squares;
 }
 
-/* Turns Σd of every unit into Σx, for d = x - k over ROWS rows; returns Σx² - Σd². */
+/* Adds Σx of every unit, computed from its Σd over ROWS rows where d = x - k; returns Σx² - Σd². */
 INLINE double leave_centre(const float *distances, const float *k, int64_t units, double *sums) {
     Doubles more = {0};
     int64_t u = 0;
@@ -152,8 +157,8 @@ INLINE double leave_centre(const float *distances, const float *k, int64_t units
 }
 
 INLINE double squares_of(const float *x, int64_t count) {
-    double nobody = 0;
-    return run_in_float64(x, count, &nobody);
+    double unused_sum = 0;
+    return run_in_float64(x, count, &unused_sum);
 }
 
 INLINE double block_of_rows(const float *x, int64_t units, float *distances, double *sums) {

@@ -1,5 +1,5 @@
-/* Σx of each unit and Σx² of float32 numbers in memory, in one pass over all threads: the fast path of moments.py.
-   Without a compiler that takes this, the package installs without it and does the same in PyTorch. */
+/* Σx of each unit and Σx² of float32 numbers in memory, in one pass and on all threads: the fast path of moments.py.
+   README.md beside this file is the contract. */
 
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #define Py_LIMITED_API 0x030a0000
@@ -12,7 +12,8 @@
 
 #include "_blocks.h"
 
-/* A tensor [outer, units, inner] is so many blocks, and those are so many shares. */
+/* A tensor [outer, units, inner] is cut into blocks (_blocks.h), and the blocks into shares, at most one per thread. A
+   share is worth a thread from WORTH_A_SHARE numbers on, which take about 20 µs to read from memory. */
 
 enum { WORTH_A_SHARE = 1 << 16 };
 
@@ -29,10 +30,11 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t blocks_in(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-/* Adds x and keeps what the addition rounds away: equal blocks would round a hundred thousand times the same way. */
+/* Adds x to *sum, and what this rounds away to *lost (Knuth's two-sum): the sums of a hundred thousand equal blocks would
+   all be rounded in the same direction. */
 INLINE void add(double x, double *sum, double *lost) {
-    double before = *sum, after = before + x, seen = after - before;
-    *lost += (before - (after - seen)) + (x - seen);
+    double before = *sum, after = before + x, added = after - before;
+    *lost += (before - (after - added)) + (x - added);
     *sum = after;
 }
 
@@ -52,7 +54,7 @@ INLINE double add_blocks(const Task *t, int64_t first, int64_t last, double *sum
     return isfinite(lost) ? squares + lost : squares;
 }
 
-/* The same code for every processor, and once more for those that can do more. */
+/* The same code is compiled for every processor of the architecture, and once more for those with AVX2 and FMA. */
 
 typedef double AddBlocks(const Task *, int64_t, int64_t, double *, float *);
 
@@ -73,8 +75,9 @@ static void choose_processor(void) {
 static void choose_processor(void) {}
 #endif
 
-/* PyTorch's own threads, all of them, as it calls them itself: a smaller team would end the others. Threads of our own
-   would compete with them, since they spin while they wait. Where they cannot be found, this thread does it alone. */
+/* The threads are PyTorch's: threads of our own would compete with them, because they spin while they wait. All of them
+   are used, as PyTorch does, because OpenMP ends the threads that a smaller team leaves out. They are looked up when this
+   module is imported, so torch has to be imported before. Where they are not found, the calling thread works alone. */
 
 static void (*in_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static int (*max_threads)(void), (*is_parallel)(void), (*thread_number)(void);
@@ -88,8 +91,8 @@ static void choose_threads(void) {
 #endif
 }
 
-/* Each thread begins with the share at its own place, which it has probably written and still in its cache, and then
-   takes what nobody has taken, however many threads have come. */
+/* Each thread begins with the share of its own number, whose numbers it has probably just written and still has in its
+   cache, and goes on with shares that no other thread has taken: the work is done however many threads come. */
 static void take_shares(void *data) {
     Task *t = data;
     int64_t own = t->shares > 1 ? thread_number() : 0;
@@ -101,14 +104,15 @@ static void take_shares(void *data) {
     }
 }
 
-/* At most one for each thread, and each of some size compared with the memory that it needs. */
+/* How many shares: at most one per thread, each with enough numbers to be worth a thread (WORTH_A_SHARE) and with at
+   least ROWS numbers per unit, so that adding its sums [units] costs less than making them. */
 static int64_t shares_of(const Task *t) {
     if (!in_parallel || is_parallel()) return 1;
     int64_t worth = 1 + t->outer * t->units * t->inner / WORTH_A_SHARE, most = 1 + t->outer * t->inner / ROWS;
     return smaller(smaller(max_threads(), worth), smaller(t->blocks ? t->blocks : 1, most));
 }
 
-/* Writes Σx of each unit into t->sums and Σx² into *squares; 0 without memory. Other threads may run Python. */
+/* Writes Σx of each unit into t->sums and Σx² into *squares, without the GIL; returns 0 if there is no memory. */
 static int run(Task *t, double *squares) {
     int64_t units = t->units;
     if (units == 1) t->inner *= t->outer, t->outer = 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,16 @@ def test_main_finds_classes_beside_the_working_directory(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "path", list(sys.path))
     main(arguments("--trainer.fast_dev_run=true", model={"class_path": "mine.Mine"}))
     assert "mine" in sys.modules
+
+
+@pytest.mark.processes
+def test_module_is_run_like_the_command() -> None:
+    """``python -m lightning_init.cli``: a fit, and an error in one line."""
+    model = {"class_path": "lightning.pytorch.demos.boring_classes.BoringModel"}
+    command = [sys.executable, "-m", "lightning_init.cli", *arguments("--init.scheme=xavier_normal", model=model)]
+    fitted = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert fitted.returncode == 0, fitted.stderr
+    assert "xavier_normal" in fitted.stdout + fitted.stderr
+    refused = subprocess.run([*command, "--init.scheme=he_nrmal"], capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("did you mean 'he_normal'?")

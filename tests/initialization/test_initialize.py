@@ -13,8 +13,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_init import Constant, Normal, Rule, SchemeName, initialize, plan
+from lightning_init.distributed.ranks import is_distributed
 from lightning_init.initialization.streams import Key, draw_all
-from lightning_init.initialization.verify import is_distributed
 from tests.support.models import AllKinds, mlp
 from tests.support.weights import assert_differ, assert_same, weights_of
 

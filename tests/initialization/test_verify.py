@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
+from lightning_init.distributed.ranks import all_gather_object, is_distributed
 from lightning_init.initialization.draw import Measured
-from lightning_init.initialization.verify import agree, all_gather_object, is_distributed
+from lightning_init.initialization.verify import agree
 
 
 @pytest.fixture(params=["no group", "a group of one"])

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_init import InitReport, Rule, initialize
+from lightning_init.distributed.ranks import all_gather_object
 from lightning_init.initialization.draw import Measured
-from lightning_init.initialization.verify import agree, all_gather_object
+from lightning_init.initialization.verify import agree
 from tests.support.ranks import run_ranks
 
 NAMES = ["a.weight", "a.bias", "b.weight"]

@@ -1,4 +1,4 @@
-"""The package's own rules: imports point down only, Lightning and Matplotlib come in where they belong."""
+"""The package's own rules: imports point down only, hosts come in where they belong, their private names by a list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_init"
@@ -99,7 +100,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_average_model": "WeightAveraging keeps its copy there and offers no other way to it",
         "_batches_that_stepped": "what LearningRateMonitor counts by; global_step counts every optimizer",
         "_current_fx_name": "tells training_step from validation and other callbacks",
-        "_should_accumulate": "the only answer that knows the short last window of an epoch",
+        "_should_accumulate": "the only answer that knows of the shorter last accumulation of an epoch",
         "_step_supports_amp_scaling": "how Lightning itself asks whether an optimizer unscales",
     },
     "cli/init_cli.py": {
@@ -107,7 +108,6 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_get": "LightningCLI's own way to a key below the subcommand",
         "_parser": "LightningCLI's own way to the subcommand's parser",
     },
-    "distributed/shards.py": {"torch.distributed.tensor._utils": "only it knows offsets of every placement"},
     "initialization/plan.py": {
         "_orig": "how pruning and the older spectral_norm end the name of what they compute from",
         "_OrthMaps": "tells the orthogonal maps that can be inverted",
@@ -201,7 +201,8 @@ def private_names_of_others(file: Path, own: set[str]) -> set[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 2:
             found.add(node.value)  # for getattr
     of_named_tuples = {"_replace", "_asdict"}  # public, whatever they look like
-    own = own | of_named_tuples
+    of_modules = set(dir(nn.Module()))  # torch's, even if a class here has an attribute of the same name
+    own = (own - of_modules) | of_named_tuples
     others = {name for name in found - own if "." not in name or name.partition(".")[0] in HOSTS}
     return {name for name in others if any(map(is_private, name.split(".")))}
 
@@ -210,3 +211,21 @@ def private_names_of_others(file: Path, own: set[str]) -> set[str]:
 def test_private_names_of_others_are_used_only_where_a_reason_is_given(file: Path) -> None:
     names = private_names_of_others(file, names_made_in(FILES))
     assert names == set(OTHERS_PRIVATE_NAMES.get(str(file.relative_to(PACKAGE)), {}))
+
+
+def test_private_names_are_found_wherever_they_hide(tmp_path: Path) -> None:
+    file = tmp_path / "file.py"
+    file.write_text(
+        "import torch._dynamo\n"
+        "from torch.nn.modules.conv import _ConvNd\n"
+        "from torch._utils import public\n"
+        "from lightning_init.sandbox import _own\n"
+        "import torch.nn, torch.__future__\n"
+        "class Mine(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        self._modules = {}\n"  # torch's
+        "        self._mine = self._get_name()\n"
+        "        getattr(trainer.__dict__, '_callback_connector')._replace(x=1)\n"
+    )
+    found = private_names_of_others(file, names_made_in([file]))
+    assert found == {"torch._dynamo", "_ConvNd", "torch._utils", "_modules", "_get_name", "_callback_connector"}

@@ -53,3 +53,19 @@ def test_contract_page_names_the_switch_and_the_functions() -> None:
     assert native.sums is not None
     for name in [name for name in dir(native.sums) if not name.startswith("_")]:
         assert f"`{name}(" in page
+
+
+@pytest.mark.processes
+def test_off_switch_takes_no_other_value() -> None:
+    for switch in ("", "1", "false"):
+        is_on, is_loaded, _ = measured(switch)
+        assert (is_on, is_loaded) == (True, True)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it has one thread")
+def test_native_alone_finds_the_threads_of_torch() -> None:
+    """They are looked up once, when the compiled code is imported: before torch, there would be none to find."""
+    program = "from lightning_init import native; import ctypes; print(hasattr(ctypes.CDLL(None), 'GOMP_parallel'))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "True"
