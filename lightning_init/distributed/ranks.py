@@ -40,5 +40,5 @@ def all_reduce(vector: Tensor, *, maximum: bool = False) -> None:
         vector: of the same shape and dtype on every rank, on a device that the process group can send from.
         maximum: take the maximum instead of the sum.
     """
-    if is_distributed():
+    if dist.is_available() and dist.is_initialized():
         dist.all_reduce(vector, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
