@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from lightning_init.distributed.shards import LocalShard
 
+SIGMAS = 5
+"""How many standard errors are still chance."""
+
 SAMPLE = 1 << 12
 """Elements in which structure is looked for, at most: the leading rows."""
 
@@ -130,9 +133,9 @@ def evidence_of(shard: LocalShard, slices: int, *, is_table: bool, version: int)
         return None
     rows = local if local.ndim else local.reshape(1)
     lows, highs = _ranges(shard, rows, slices, everything=is_table)
-    read = rows if is_table else _leading(rows, READ)
+    read = rows if is_table else leading_rows(rows, READ)
     count, total, squares = _sums(read, without_zero_rows=is_table)
-    sample = _leading(rows, SAMPLE).detach().to("cpu", torch.float32)
+    sample = leading_rows(rows, SAMPLE).detach().to("cpu", torch.float32)
     if is_table and sample.ndim > 1:
         sample = sample[sample.flatten(1).abs().amax(1) > 0]
     full_rows = shard.full_shape[0] if shard.full_shape else 1
@@ -149,23 +152,34 @@ def _column_products(rows: Tensor) -> tuple[float, ...]:
     return tuple((columns.T @ columns).flatten().tolist())
 
 
-def _leading(rows: Tensor, count: int) -> Tensor:
-    """As many rows as make up ``count`` elements, at least one."""
-    return rows[: max(1, count // max(1, rows.numel() // len(rows)))]
+def leading_rows(rows: Tensor, count: int) -> Tensor:
+    """As many rows as make up ``count`` elements, at least one: they show what the rest would, and cost no memory."""
+    if rows.numel() <= count:
+        return rows
+    return rows[: max(1, count // (rows.numel() // rows.shape[0]))]
+
+
+def slices_held(shard: LocalShard, flat: Tensor, slices: int) -> list[Tensor]:
+    """What is held here of each of so many equal slices along dimension 0; empty where nothing is.
+
+    Args:
+        shard: the local elements.
+        flat: their values in local order, or the first of them. Shape: [at most shard.local.numel()]
+        slices: how many.
+    """
+    size = shard.full_shape.numel() // slices
+    overlaps = (shard.overlap(i * size, (i + 1) * size) for i in range(slices))
+    return [flat[:0] if overlap is None else flat[overlap[0]] for overlap in overlaps]
 
 
 def _ranges(
     shard: LocalShard, rows: Tensor, slices: int, *, everything: bool
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The smallest and the largest value of each slice that are held here; ∞ and -∞ where none is."""
-    size = shard.full_shape.numel() // slices
-    flat = rows.reshape(-1)
     lows, highs = [], []
-    for i in range(slices):
-        overlap = shard.overlap(i * size, (i + 1) * size)
-        held = flat[overlap[0]] if overlap is not None else flat[:0]
-        held = held if everything else held[:READ]
-        low, high = map(float, torch.aminmax(held.float())) if held.numel() else _NOTHING
+    for held in slices_held(shard, rows.reshape(-1), slices):
+        read = held if everything else held[:READ]
+        low, high = map(float, torch.aminmax(read.float())) if read.numel() else _NOTHING
         lows.append(low)
         highs.append(high)
     return tuple(lows), tuple(highs)

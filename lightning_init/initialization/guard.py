@@ -13,7 +13,6 @@ from lightning_init.initialization.reasons import Reason
 MAX_SHOWN = 5
 """Findings in an error's text."""
 
-
 Trained = Literal["refuse", "keep", "overwrite"]
 """What to do where weights show signs of training."""
 
@@ -31,7 +30,7 @@ def refuse_trained(signs: Iterable[Finding]) -> None:
     more = f"\n  … and {len(different) - MAX_SHOWN} more" if len(different) > MAX_SHOWN else ""
     raise ValueError(
         f"the model shows signs of training, and new weights would destroy them:\n{shown}{more}\n"
-        f"To keep what was trained and draw the rest, a new head say: trained='keep'. To keep by name: "
+        f"To keep what was trained and draw the rest, such as a new head: trained='keep'. To keep by name: "
         f"rules=[{_keep_rules(different)}], or Rule('*', 'keep') for everything. "
         "To draw new weights all the same: trained='overwrite'."
     )

@@ -7,7 +7,6 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from torch import nn
@@ -16,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from lightning_init.checks import check_integer
 from lightning_init.findings import Finding
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
-from lightning_init.initialization.evidence import remember_author
+from lightning_init.initialization.evidence import SIGMAS, remember_author
 from lightning_init.initialization.guard import (
     Trained,
     keep_trained,
@@ -27,12 +26,14 @@ from lightning_init.initialization.guard import (
 from lightning_init.initialization.plan import (
     Assignment,
     Candidate,
+    check_model,
     decide,
+    is_doubtful,
     survey,
     with_empty_memory_marked,
 )
 from lightning_init.initialization.reasons import Reason
-from lightning_init.initialization.report import SIGMAS, Entry, InitReport
+from lightning_init.initialization.report import Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
@@ -63,9 +64,9 @@ def initialize(
     """Draw new weights for a model, in place: the same seed gives the same weights on any number of devices.
 
     Weights of known module types get the scheme; biases the scheme's own (0; 1 for the LSTM's forget gate;
-    PyTorch's for ``torch_default``); norms 1 and 0; embeddings N(0, 1). What is not known stays, and the report
-    says so. The global random state is neither used nor changed. Where ``torch.distributed`` runs, every rank
-    has to call this with the same arguments.
+    PyTorch's for ``torch_default``); norms 1 and 0; lookup tables the scale their author gave them. What is not known,
+    and what its author set on purpose, stays, and the report says so. The global random state is neither used nor
+    changed. Where ``torch.distributed`` runs, every rank has to call this with the same arguments.
 
     Args:
         model: any module; its parameters may be DTensors (FSDP2, tensor parallel) or FSDP1's.
@@ -106,7 +107,9 @@ def plan(
     [('weight', 'he_normal'), ('bias', 'zeros')]
     """
     request = Request.of(scheme, rules, activation, bias)
-    return _decided(model, with_empty_memory_marked(survey(model, request)), request)
+    candidates = with_empty_memory_marked(survey(model, request))
+    signs = signs_of_training(candidates, model) if is_doubtful(candidates) else []
+    return decide(candidates, request, was_trained=bool(signs))
 
 
 def carry_out(
@@ -124,21 +127,22 @@ def carry_out(
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
+    check_model(model)
     check_integer("seed", seed)
     seed = int(seed)
     with summon_fsdp1_parameters(model):
-        look = functools.partial(survey, model, request, is_uninitialised=from_meta)
-        candidates, failure = _attempt(look, _NO_CANDIDATES)
+        candidates, failure = _attempt(
+            functools.partial(survey, model, request, is_uninitialised=from_meta), _NO_CANDIDATES
+        )
         candidates = _agreed(candidates, failure)
-        prepare = functools.partial(_prepare, model, candidates, request, seed, trained, from_meta)
-        prepared, failure = _attempt(prepare, _Prepared([], [], []))
-        signs = list(chain(*gather_or_raise(prepared.signs, failure)))
+        past = _Past([], frozenset())
+        if not from_meta and (trained != "overwrite" or is_doubtful(candidates)):
+            past = _Past.agreed(*_attempt(functools.partial(_Past.of, model, candidates, trained == "keep"), past))
         if trained == "refuse":
-            refuse_trained(signs)
-        if signs and trained == "keep":
-            prepared = _without_trained(prepared, candidates, signs)
+            refuse_trained(past.signs)
+        prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta)
+        prepared, failure = _attempt(prepare, _Prepared([], []))
+        gather_or_raise(None, failure)
         measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
         totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
         _remember_authors(candidates)
@@ -182,41 +186,49 @@ def _agreed(candidates: Sequence[Candidate], failure: Exception | None) -> list[
     return with_empty_memory_marked(agreed)
 
 
+class _Past(NamedTuple):
+    """What the values say of a model's past.
+
+    Attributes:
+        signs: of training.
+        fresh: names of the layers that still hold what their module's own reset drew, where that is asked for.
+    """
+
+    signs: list[Finding]
+    fresh: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, candidates: Sequence[Candidate], asks_for_fresh: bool) -> _Past:
+        """As this rank's shards show it."""
+        untouched = filter(is_as_reset, candidates if asks_for_fresh else ())
+        fresh = frozenset(one.site.forward_fqn.rpartition(".")[0] for one in untouched)
+        return cls(signs_of_training(candidates, model), fresh)
+
+    @classmethod
+    def agreed(cls, mine: _Past, failure: Exception | None) -> _Past:
+        """As the shards of all ranks show it together."""
+        ranks = gather_or_raise(mine, failure)
+        return cls([sign for one in ranks for sign in one.signs], frozenset().union(*(one.fresh for one in ranks)))
+
+
 class _Prepared(NamedTuple):
-    """What is known before anything is written."""
+    """What will be done: the plan, and the tasks of what is drawn."""
 
     plan: list[Assignment]
     tasks: list[DrawTask]
-    signs: list[Finding]
 
 
 def _prepare(
-    model: nn.Module, candidates: Sequence[Candidate], request: Request, seed: int, trained: Trained, from_meta: bool
+    candidates: Sequence[Candidate], request: Request, seed: int, past: _Past, is_trained_kept: bool, from_meta: bool
 ) -> _Prepared:
-    """The plan, refused where it could not be carried out; its tasks; and signs of training among their parameters."""
-    signs = [] if trained == "overwrite" or from_meta else signs_of_training(candidates, model)
-    assignments = _decided(model, candidates, request)
-    refuse_meta(assignments)
+    """The plan, without what was trained if that is kept, and refused where it could not be carried out."""
+    plan = decide(candidates, request, was_trained=bool(past.signs))
+    if is_trained_kept and past.signs:
+        plan = keep_trained(plan, past.signs, past.fresh)
+    refuse_meta(plan)
     if from_meta:
-        refuse_uninitialised(assignments)
-    return _Prepared(assignments, make_tasks(assignments, seed), signs)
-
-
-def _decided(model: nn.Module, candidates: Sequence[Candidate], request: Request) -> list[Assignment]:
-    """The plan; what training may have made of a parameter is not taken for its author's purpose."""
-    assignments = decide(candidates, request)
-    is_meant = any(one.left is Reason.SET_BY_AUTHOR for one in assignments)
-    if is_meant and signs_of_training(candidates, model):
-        return decide(candidates, request, was_trained=True)
-    return assignments
-
-
-def _without_trained(prepared: _Prepared, candidates: Iterable[Candidate], signs: Sequence[Finding]) -> _Prepared:
-    """The plan without what was trained, and its tasks."""
-    fresh = {one.site.forward_fqn.rpartition(".")[0] for one in candidates if is_as_reset(one)}
-    plan = keep_trained(prepared.plan, signs, fresh)
-    drawn = {assignment.name for assignment in plan if assignment.is_drawn}
-    return _Prepared(plan, [task for task in prepared.tasks if task.assignment.name in drawn], prepared.signs)
+        refuse_uninitialised(plan)
+    return _Prepared(plan, make_tasks(plan, seed))
 
 
 def _remember_authors(candidates: Iterable[Candidate]) -> None:

@@ -16,16 +16,12 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lightning_init.initialization.evidence import Evidence
+from lightning_init.initialization.evidence import SIGMAS, Evidence
 from lightning_init.introspect.role import Role
 from lightning_init.schemes.distributions import Constant, Distribution, Uniform
 
 FAR_SCALE = 10
 """A weight whose std·√fan_in is that many times smaller or larger than the model's median has its scale on purpose."""
-
-SIGMAS = 5
-"""Standard errors within which a measured scale is a round number, or the module's own."""
-
 
 MOST_ROUNDING = 0.02
 """Relative difference of a small table's scale from the round number it is read as, at most."""

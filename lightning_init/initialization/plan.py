@@ -91,6 +91,7 @@ class Candidate:
         site: where it lives.
         aliases: every site of the same parameter, itself included.
         originals: every site of the same attribute of the forward pass, itself included.
+        roles: what it is to the module of each alias, where that is known.
         role: what it is to its module; None where that is not known.
         rule: of the user's, if one speaks of it.
         why_left: the reason for which it cannot be drawn, whatever it holds, as a kind and in words.
@@ -102,6 +103,7 @@ class Candidate:
     site: ParameterSite
     aliases: list[ParameterSite]
     originals: list[ParameterSite]
+    roles: tuple[Role, ...]
     role: Role | None
     rule: Rule | None
     why_left: tuple[Reason, str] | None
@@ -112,7 +114,23 @@ class Candidate:
     @property
     def is_table(self) -> bool:
         """Whether it is a lookup table, an output layer too or not."""
-        return any(role.kind == "embedding" for role in _roles(self.aliases))
+        return self.table is not None
+
+    @property
+    def table(self) -> Role | None:
+        """Its role as a lookup table."""
+        return next((role for role in self.roles if role.kind == "embedding"), None)
+
+    @property
+    def is_tied_head(self) -> bool:
+        """Whether it is a lookup table and the weight of an output layer."""
+        return self.is_table and any(role.kind == "weight" for role in self.roles)
+
+    @property
+    def authors_scale(self) -> float:
+        """The std of a lookup table, as its author left it."""
+        assert self.table is not None
+        return scale_of_table(self.table, self.evidence, self.site.parameter.shape[-1])
 
     @property
     def is_named_by_rule(self) -> bool:
@@ -148,23 +166,25 @@ def survey(model: nn.Module, request: Request, *, is_uninitialised: bool = False
         request: whose rules leave parameters alone, or name them outright.
         is_uninitialised: the memory holds nothing, so it is not read.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
+    check_model(model)
     found = list(parameter_sites(model))
-    by_parameter: dict[tuple[int, int], list[ParameterSite]] = defaultdict(list)
+    by_memory: dict[tuple[int, int], list[ParameterSite]] = defaultdict(list)
     by_forward_fqn: dict[str, list[ParameterSite]] = defaultdict(list)
     for site in found:
-        by_parameter[_memory_of(site.parameter)].append(site)
+        by_memory[_memory_of(site.parameter)].append(site)
         by_forward_fqn[site.forward_fqn].append(site)
-    request.check_all_used(
-        [_names(by_parameter[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
-    )
+    relatives = [(by_memory[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
+    request.check_all_used([_names(aliases, originals) for aliases, originals in relatives])
     return [
-        _candidate(
-            site, by_parameter[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn], request, is_uninitialised
-        )
-        for site in found
+        _candidate(site, aliases, originals, request, is_uninitialised)
+        for site, (aliases, originals) in zip(found, relatives, strict=True)
     ]
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError unless this is an ``nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module, got {model!r} of type {type(model).__name__}")
 
 
 def _memory_of(parameter: Tensor) -> tuple[int, int]:
@@ -187,9 +207,12 @@ def _candidate(
     is_uninitialised: bool,
 ) -> Candidate:
     """Ask everything about one parameter."""
-    role = _role(site, aliases)
+    asked = (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
+    roles = tuple(role for role in asked if role is not None)
+    role = _main_role(site, roles)
     rule = request.rule_for(*_names(aliases, originals))
-    candidate = Candidate(site, aliases, originals, role, rule, _why_left(site, aliases, originals, role, rule))
+    why_left = _why_left(site, aliases, originals, role, rule)
+    candidate = Candidate(site, aliases, originals, roles, role, rule, why_left)
     if candidate.why_left is not None:
         return candidate
     shard = local_shard_of(site.parameter)
@@ -214,6 +237,12 @@ def decide(candidates: Sequence[Candidate], request: Request, *, was_trained: bo
     return [
         _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
+
+
+def is_doubtful(candidates: Iterable[Candidate]) -> bool:
+    """Whether something is taken for its author's purpose that training would leave too."""
+    held = [_held(candidate) for candidate in candidates]
+    return purposes_of(held) != purposes_of(held, constants_only=True)
 
 
 class _Model(NamedTuple):
@@ -264,14 +293,8 @@ def _widths_of_tied_tables(candidates: Iterable[Candidate]) -> set[int]:
     return {
         candidate.site.parameter.shape[-1]
         for candidate in candidates
-        if candidate.why_left is None and _is_tied_head(candidate.aliases) and _author_scale(candidate) == 1.0
+        if candidate.why_left is None and candidate.is_tied_head and candidate.authors_scale == 1.0
     }
-
-
-def _author_scale(candidate: Candidate) -> float:
-    """The std of a lookup table, as its author left it."""
-    table = next(role for role in _roles(candidate.aliases) if role.kind == "embedding")
-    return scale_of_table(table, candidate.evidence, candidate.site.parameter.shape[-1])
 
 
 def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model) -> Assignment:
@@ -413,29 +436,17 @@ def _why_not_through(site: ParameterSite) -> tuple[Reason, str] | None:
     return None
 
 
-def _roles(aliases: Iterable[ParameterSite]) -> list[Role]:
-    """The roles of a parameter under all of its names, where they are known."""
-    found = (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
-    return [role for role in found if role is not None]
-
-
-def _role(site: ParameterSite, aliases: list[ParameterSite]) -> Role | None:
-    """The parameter's role; a lookup table that is also an output layer is a weight of that layer.
+def _main_role(site: ParameterSite, roles: Sequence[Role]) -> Role | None:
+    """The role that decides: a lookup table that is also an output layer is a weight of that layer.
 
     Its padding row, which only the table knows, stays one.
     """
-    roles = _roles(aliases)
     weights = [role for role in roles if role.kind == "weight"]
     role = next(iter(weights or roles), None)
     if role is not None and role.kind == "weight" and not site.is_computed:
         role = fitted_role(role, site.module, site.attribute, site.parameter.shape) or role
     padding = next((role.padding_index for role in roles if role.padding_index is not None), None)
     return replace(role, padding_index=padding) if role and padding is not None else role
-
-
-def _is_tied_head(aliases: list[ParameterSite]) -> bool:
-    """Whether a parameter is a lookup table and the weight of an output layer."""
-    return {"weight", "embedding"} <= {role.kind for role in _roles(aliases)}
 
 
 def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Scheme, str, float]:
@@ -445,7 +456,6 @@ def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Sche
     gain = rule.gain if rule else request.gain
     gain = scheme.gain if gain is None else gain
     by = rule.pattern if rule else "scheme"
-    is_tied_head = _is_tied_head(candidate.aliases)
     means_others = rule is not None and candidate.is_beside_weights and rule.pattern in model.rules_of_weights
     if rule is not None and rule.is_literal and not means_others and (role is None or role.kind != "weight"):
         if scheme.fills == "weights":
@@ -456,10 +466,10 @@ def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Sche
             )
         return scheme, rule.pattern, gain
     assert role is not None
-    if role.kind == "embedding" or (is_tied_head and rule is None):
+    if role.kind == "embedding" or (candidate.is_tied_head and rule is None):
         if scheme.fills == "any parameter":  # an absolute scale means every table too
             return scheme, by, gain
-        return _table(candidate, scheme, is_tied_head, model.tied_widths)
+        return _table(candidate, scheme, model.tied_widths)
     if role.kind == "weight":
         return scheme, by, gain
     if role.kind == "bias":
@@ -467,19 +477,16 @@ def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Sche
     return role.default, role.kind, 1.0
 
 
-def _table(
-    candidate: Candidate, scheme: Scheme, is_tied_head: bool, tied_widths: set[int]
-) -> tuple[Scheme, str, float]:
+def _table(candidate: Candidate, scheme: Scheme, tied_widths: set[int]) -> tuple[Scheme, str, float]:
     """A lookup table is drawn at its author's scale; at torch's own, N(0, 1), it is made to fit an output layer."""
-    width = candidate.site.parameter.shape[-1]
-    scale = _author_scale(candidate)
+    assert candidate.table is not None
+    width, scale = candidate.site.parameter.shape[-1], candidate.authors_scale
     if scale == 1.0 and width in tied_widths:
-        if is_tied_head and scheme.fills == "known parameters":
+        if candidate.is_tied_head and scheme.fills == "known parameters":
             return scheme, "scheme", 1.0  # as the module of the output layer draws it
-        return Normal(width**-0.5), "tied head" if is_tied_head else "added to a tied head", 1.0
-    table = next(role for role in _roles(candidate.aliases) if role.kind == "embedding")
-    if scale == table.default.target_std:
-        return table.default, "embedding", 1.0
+        return Normal(width**-0.5), "tied head" if candidate.is_tied_head else "added to a tied head", 1.0
+    if scale == candidate.table.default.target_std:
+        return candidate.table.default, "embedding", 1.0
     return Normal(scale), "author's scale", 1.0
 
 

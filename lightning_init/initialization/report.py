@@ -20,9 +20,6 @@ from lightning_init.schemes.fans import Fans
 LINES = 10
 """Rows of the table on the console; the whole one goes to the logger."""
 
-SIGMAS = 5
-"""How many standard errors a measured std may be off before :meth:`InitReport.check` objects."""
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.findings import Finding
+from lightning_init.initialization.evidence import SIGMAS, leading_rows, slices_held
 from lightning_init.initialization.plan import Candidate
 from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.normalization import batches_tracked
@@ -26,9 +27,6 @@ NEXT_TO_ZERO = 1e-5
 
 MAX_INSPECTED = 1 << 21
 """Elements of a parameter that are inspected, at most: a copy of them is 8 MiB."""
-
-SIGMAS = 5
-"""How many standard errors are still chance."""
 
 STD_SLACK = 0.01
 """Relative difference of a std that says nothing even where chance is smaller: authors round their bounds."""
@@ -194,18 +192,8 @@ def _slices_of(candidate: Candidate) -> list[Tensor]:
     """What this process holds of each slice, flat and in float32; the other ranks have theirs."""
     assert candidate.shard is not None
     shard, count = candidate.shard, len(candidate.role.slices) if candidate.role else 1
-    size = shard.full_shape.numel() // count
-    flat = _magnitudes(_leading_rows(shard.local)).reshape(-1)
-    overlaps = [shard.overlap(i * size, (i + 1) * size) for i in range(count)]
-    held = [flat[overlap[0]] for overlap in overlaps if overlap is not None]
-    return [values for values in held if values.numel()]
-
-
-def _leading_rows(values: Tensor) -> Tensor:
-    """As many rows as make up ``MAX_INSPECTED`` elements: they show what the rest would, and cost no memory."""
-    if values.numel() <= MAX_INSPECTED:
-        return values
-    return values[: max(1, MAX_INSPECTED // (values.numel() // values.shape[0]))]
+    flat = _magnitudes(leading_rows(shard.local, MAX_INSPECTED)).reshape(-1)
+    return [values for values in slices_held(shard, flat, count) if values.numel()]
 
 
 def _magnitudes(values: Tensor) -> Tensor:
@@ -290,7 +278,7 @@ def _inputs_differ(candidate: Candidate, role: Role) -> bool:
     compared: authors do give the gates that are packed in one matrix different sizes.
     """
     assert candidate.shard is not None
-    local = _magnitudes(_leading_rows(candidate.shard.local))
+    local = _magnitudes(leading_rows(candidate.shard.local, MAX_INSPECTED))
     if local.ndim < 2 or not local.numel():
         return False
     by_input = local.movedim(0 if role.kind == "embedding" or role.transposed else 1, 0).flatten(1)

@@ -50,11 +50,12 @@ def write_all(tasks: Sequence[DrawTask]) -> list[Measured]:
             elif task.assignment.site.storage == "recomputed":
                 _recompute(task.assignment.site)
             _zero_padding_row(task)
-            reset = getattr(task.assignment.site.module, "reset_running_stats", None)
-            if callable(reset):  # statistics of a normalisation belong to the weights it had
-                reset()
             if task.shard.is_sharded:  # its bits differ from rank to rank: compare the start of its streams instead
                 measured[index].checksum = sum(map(stream_fingerprint, task.chunks)) % 2**62
+    for module in {id(task.assignment.site.module): task.assignment.site.module for task in tasks}.values():
+        reset = getattr(module, "reset_running_stats", None)
+        if callable(reset):  # statistics of a normalisation belong to the weights it had
+            reset()
     return measured
 
 

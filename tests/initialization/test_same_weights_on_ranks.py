@@ -11,7 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch import seed_everything
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -123,6 +124,28 @@ def test_what_the_author_meant_is_agreed_by_all_ranks(strategy: str, world_size:
         del weights["head.weight"]
         assert_same(weights, expected)
     assert expected["words.weight"].std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def trained_in_its_first_half() -> Weights:
+    """A sign of training that only the first rank's shard shows, beside what an author of a fresh model may mean."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(16))
+        model[1].weight[:8] += torch.linspace(-0.1, 0.1, 8)
+        model[1].bias[:8] += torch.linspace(-0.1, 0.1, 8)
+    if dist.is_initialized():
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    initialize(model, "he_normal", seed=SEED)
+    return weights_of(model)
+
+
+def test_signs_of_one_ranks_shard_count_for_all() -> None:
+    """Where a model was trained, structure is no purpose: every rank draws the identity over, or none."""
+    expected = trained_in_its_first_half()
+    assert not torch.equal(expected["0.weight"], torch.eye(16))
+    for weights in run_ranks(trained_in_its_first_half, 2):
+        assert_same(weights, expected)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
