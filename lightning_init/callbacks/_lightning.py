@@ -6,11 +6,13 @@ of a fit: what the Trainer is like, what happens before training, where the loop
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
@@ -57,17 +59,6 @@ def data_parallel_size(trainer: Trainer) -> int:
 # --- Before training starts
 
 
-def move_ahead_of_finders(trainer: Trainer, callback: Callback) -> None:
-    """Make ``callback`` the Trainer's first if a learning rate or batch size finder is among its callbacks.
-
-    A finder trains inside its own ``on_fit_start`` and then ends the fit, so that the ``on_fit_start`` of the callbacks
-    behind it never runs. The Trainer iterates over its list while this is called: it gets a new one.
-    """
-    others = [other for other in callbacks_of(trainer) if other is not callback]
-    if any(isinstance(other, (LearningRateFinder, BatchSizeFinder)) for other in others):
-        trainer.callbacks = [callback, *others]  # type: ignore[attr-defined]
-
-
 def restores_weights_before_fit_start(trainer: Trainer) -> bool:
     """Whether this fit has loaded a checkpoint by the time of ``on_fit_start``.
 
@@ -77,17 +68,19 @@ def restores_weights_before_fit_start(trainer: Trainer) -> bool:
     return bool(trainer.ckpt_path) and not trainer.strategy.restore_checkpoint_after_setup
 
 
-def refresh_averages(trainer: Trainer, module: LightningModule) -> None:
-    """Copy the new weights into averaged models that have not averaged anything yet.
+def holders_of_copies(trainer: Trainer) -> dict[str, object]:
+    """What may have copied the weights by now: callbacks in their ``setup``, optimizers of an earlier fit."""
+    optimizers = {f"optimizer {index}": optimizer for index, optimizer in enumerate(trainer.optimizers)}
+    return {**{type(callback).__name__: callback for callback in callbacks_of(trainer)}, **optimizers}
 
-    ``WeightAveraging`` copies the model in ``setup``, ahead of ``on_fit_start``, and can write its copy back at the end
-    of training. It keeps the copy in a private attribute.
+
+def call_before_optimizers_are_made(module: LightningModule, action: Callable[[], None]) -> None:
+    """Call ``action`` once, right before the module's ``configure_optimizers``.
+
+    A strategy calls that after it has restored, wrapped, sharded and moved the weights, and no hook of a callback runs
+    there. Optimizers may copy weights, and learning rate finders train, before ``on_fit_start``.
     """
-    for callback in callbacks_of(trainer):
-        average = getattr(callback, "_average_model", None)
-        if isinstance(callback, WeightAveraging) and average is not None and int(average.n_averaged) == 0:
-            for averaged, new in zip(average.module.parameters(), module.parameters(), strict=True):
-                averaged.detach().copy_(new.detach())
+    module.configure_optimizers = _ActsFirst(module, action)  # type: ignore[method-assign]
 
 
 def start_meta_watch(module: LightningModule) -> None:
@@ -99,16 +92,49 @@ def start_meta_watch(module: LightningModule) -> None:
     module.to_empty = _RememberingToEmpty(module)  # type: ignore[method-assign]
 
 
-def end_meta_watch(module: LightningModule) -> bool:
-    """Give the module its own ``to_empty`` back, and return whether parameters on the meta device got memory.
+def end_watches(module: LightningModule) -> bool:
+    """Give the module its own methods back, and return whether parameters on the meta device got memory.
 
     False, without an effect, if :func:`start_meta_watch` was not called or its watch has ended before.
     """
-    watch = module.to_empty
+    acts_first, watch = module.configure_optimizers, module.to_empty
+    if isinstance(acts_first, _ActsFirst):
+        acts_first.end()
     if not isinstance(watch, _RememberingToEmpty):
         return False
     del module.to_empty
     return watch.parameters_were_meta
+
+
+def _itself(method: Callable[[], Any]) -> Callable[[], Any]:
+    return method
+
+
+class _ActsFirst:
+    """Stands in for a module's ``configure_optimizers``; Lightning finds what it stands in for as ``__wrapped__``."""
+
+    def __init__(self, module: LightningModule, action: Callable[[], None]) -> None:
+        self.module, self.action = module, action
+        self.is_on_instance = "configure_optimizers" in vars(module)  # where LightningCLI puts it
+        self.__wrapped__ = module.configure_optimizers
+
+    def __call__(self) -> Any:
+        self.action()
+        return self.__wrapped__()
+
+    def end(self) -> None:
+        """Put back what was there."""
+        if self.is_on_instance:
+            self.module.configure_optimizers = self.__wrapped__  # type: ignore[method-assign]
+        else:
+            del self.module.configure_optimizers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the module, such as an average, is not being fitted: it gets the method itself."""
+        return copy.deepcopy(self.__wrapped__, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.__wrapped__,)
 
 
 class _RememberingToEmpty:

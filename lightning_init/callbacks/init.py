@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,12 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lightning_init.callbacks import _lightning
+from lightning_init.callbacks.settled import settle, settle_restored, why_restored, why_settled
 from lightning_init.checks import check_choice, check_integer
 from lightning_init.initialization.guard import Trained
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.report import InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.seeds import agreed_seed
+from lightning_init.introspect.sites import ParameterSite, parameter_sites
 from lightning_init.schemes.named import SchemeName
 from lightning_init.schemes.scheme import Scheme
 
@@ -64,13 +67,20 @@ class InitCallback(Callback):
         check_choice("trained", trained, get_args(Trained))
         if seed is not None:
             check_integer("seed", seed)
-        self.report: InitReport | None = None
+        self._own_report: InitReport | None = None
+        self._latest = _LatestReport()
         self._request = Request.of(scheme, rules, activation, bias)
         self._seed = None if seed is None else int(seed)
         self._last_seed: int | None = None
         self._when = when
         self._trained: Trained = trained
-        self._settled: weakref.ref[LightningModule] | None = None
+        self._is_decided = False
+        self._has_seen_checkpoint = False
+
+    @property
+    def report(self) -> InitReport | None:
+        """What was done to every parameter; where libraries copy their callbacks, what the latest copy did."""
+        return self._own_report or self._latest.report
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that would lose the weights; go ahead of callbacks that train before fit."""
@@ -81,35 +91,30 @@ class InitCallback(Callback):
                 "InitCallback does not work with DeepSpeed: it trains copies of the weights made before fit starts, "
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
-        _lightning.move_ahead_of_finders(trainer, self)
+        self._is_decided = self._has_seen_checkpoint = False
         _lightning.start_meta_watch(pl_module)
+        _lightning.call_before_optimizers_are_made(pl_module, partial(self._initialize_once, trainer, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
-        was_on_meta = _lightning.end_meta_watch(pl_module)
-        is_ours = self._is_settled(pl_module)
-        if _lightning.restores_weights_before_fit_start(trainer) or (is_ours and self._when == "fresh"):
-            self._settle(pl_module)
-            return
-        seed = agreed_seed(self._last_seed) if self._seed is None else self._seed
-        trained = "overwrite" if is_ours else self._trained  # what a fit of ours has trained is to be drawn anew
-        self.report = carry_out(pl_module, self._request, seed, trained=trained, from_meta=was_on_meta)
-        self._last_seed = seed
-        self._settle(pl_module)
-        _lightning.refresh_averages(trainer, pl_module)
-        self._announce(trainer, self.report)
+        """Initialise, unless that was done before the optimizers were made, as it is in every fit of a Trainer."""
+        self._initialize_once(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Weights that come from a checkpoint stay; what it does not have is drawn, such as a new head."""
+        self._has_seen_checkpoint = True
+        settle_restored(pl_module, checkpoint.get("state_dict"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on the weights are this fit's, wherever they came from."""
+        settle(pl_module, self._arguments)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module, also where fit never started."""
-        _lightning.end_meta_watch(pl_module)
+        _lightning.end_watches(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """As :meth:`teardown`, which does not run then."""
-        _lightning.end_meta_watch(pl_module)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Weights that come from a checkpoint stay."""
-        self._settle(pl_module)
+        _lightning.end_watches(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, so that a resumed run knows what it started from. Plain numbers only."""
@@ -119,16 +124,52 @@ class InitCallback(Callback):
         """Take over the seed of the run that is resumed; one that is given stays ahead of it."""
         self._last_seed = state_dict["seed"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the weak reference to the module, which cannot be pickled."""
-        return self.__dict__ | {"_settled": None}
+    @property
+    def _arguments(self) -> object:
+        """What tells this callback from one that asks for other weights."""
+        return self._request, self._seed
 
-    def _is_settled(self, module: LightningModule) -> bool:
-        return self._settled is not None and self._settled() is module
+    def _initialize_once(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, compare between ranks, report; or do nothing where the weights are to stay."""
+        if self._is_decided:
+            return
+        self._is_decided = True
+        was_on_meta = _lightning.end_watches(pl_module)
+        if _lightning.restores_weights_before_fit_start(trainer) and not self._has_seen_checkpoint:
+            settle_restored(pl_module, None)  # Lightning shows callbacks no file without states of callbacks
+        is_ours = partial(why_settled, arguments=self._arguments)
+        stays: Callable[[ParameterSite], str] = is_ours if self._when == "fresh" else why_restored
+        sites = list(parameter_sites(pl_module))
+        if not all(map(stays, sites)):
+            trained = self._trained
+            if self._when == "always" and any(map(is_ours, sites)):
+                trained = "overwrite"  # what a fit of ours has trained is to be drawn anew
+            elif trained == "refuse" and any(map(why_restored, sites)):
+                trained = "keep"  # a run that goes on has to be let go on
+            self._initialize(trainer, pl_module, trained, was_on_meta, stays)
+        settle(pl_module, self._arguments)
 
-    def _settle(self, module: LightningModule) -> None:
-        """Remember that this module has its weights; weakly, so that the module is not kept alive."""
-        self._settled = weakref.ref(module)
+    def _initialize(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        trained: Trained,
+        was_on_meta: bool,
+        stays: Callable[[ParameterSite], str],
+    ) -> None:
+        seed = agreed_seed(self._last_seed) if self._seed is None else self._seed
+        report = carry_out(
+            pl_module,
+            self._request,
+            seed,
+            trained=trained,
+            from_meta=was_on_meta,
+            why_settled=stays,
+            holders=_lightning.holders_of_copies(trainer),
+        )
+        self._own_report = self._latest.report = report
+        self._last_seed = seed
+        self._announce(trainer, report)
 
     def _announce(self, trainer: Trainer, report: InitReport) -> None:
         """Print the report on rank zero and log the whole table to TensorBoard."""
@@ -141,3 +182,12 @@ class InitCallback(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("initialization", report.to_markdown(), 0)
+
+
+class _LatestReport:
+    """The latest report of a callback and all its copies: libraries that copy callbacks leave the user the original."""
+
+    report: InitReport | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LatestReport:
+        return self

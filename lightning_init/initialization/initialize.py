@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_init.checks import check_integer
 from lightning_init.findings import Finding
+from lightning_init.initialization.copies import find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
 from lightning_init.initialization.guard import (
@@ -26,9 +28,11 @@ from lightning_init.initialization.guard import (
 from lightning_init.initialization.plan import (
     Assignment,
     Candidate,
+    WhySettled,
     check_model,
     decide,
     is_doubtful,
+    nothing_is_settled,
     survey,
     with_empty_memory_marked,
 )
@@ -113,7 +117,14 @@ def plan(
 
 
 def carry_out(
-    model: nn.Module, request: Request, seed: int, *, trained: Trained = "overwrite", from_meta: bool = False
+    model: nn.Module,
+    request: Request,
+    seed: int,
+    *,
+    trained: Trained = "overwrite",
+    from_meta: bool = False,
+    why_settled: WhySettled = nothing_is_settled,
+    holders: Mapping[str, object] = MappingProxyType({}),
 ) -> InitReport:
     """Plan, guard, draw and write, compare between ranks, report.
 
@@ -123,6 +134,8 @@ def carry_out(
         seed: any integer.
         trained: what to do where weights show signs of training.
         from_meta: the model was on the meta device; nothing is read from its memory, and none of it may stay as it is.
+        why_settled: says of a parameter why it has its weights already; "" if it has not.
+        holders: what else may have copied weights, by what it is called: they get the new ones.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
@@ -132,7 +145,8 @@ def carry_out(
     seed = int(seed)
     with summon_fsdp1_parameters(model):
         candidates, failure = _attempt(
-            functools.partial(survey, model, request, is_uninitialised=from_meta), _NO_CANDIDATES
+            functools.partial(survey, model, request, is_uninitialised=from_meta, why_settled=why_settled),
+            _NO_CANDIDATES,
         )
         candidates = _agreed(candidates, failure)
         past = _Past([], frozenset())
@@ -142,15 +156,18 @@ def carry_out(
             refuse_trained(past.signs)
         prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta)
         prepared, failure = _attempt(prepare, _Prepared([], []))
-        gather_or_raise(None, failure)
+        to_draw = [task.assignment.site for task in prepared.tasks]
+        copies = find_copies(model, to_draw, holders)
+        copies = copies._replace(sources=merge_sources(gather_or_raise(copies.sources, failure)))
         measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
         totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
         _remember_authors(candidates)
         drawn = {
             task.assignment.name: (task.expected(), total) for task, total in zip(prepared.tasks, totals, strict=True)
         }
+        notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
-    report = InitReport(request.text, seed, entries)
+    report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
     return report
 

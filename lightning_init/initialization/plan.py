@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,15 @@ class Candidate:
         return self.role is not None and self.role.kind in ("bias", "norm", "other")
 
 
+WhySettled: TypeAlias = Callable[[ParameterSite], str]
+"""Why a parameter has its weights already, in words; "" if it has not."""
+
+
+def nothing_is_settled(site: ParameterSite) -> str:
+    """Every parameter may be drawn."""
+    return ""
+
+
 def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
     """One assignment for every parameter name of the model, in order of registration.
 
@@ -158,13 +167,16 @@ def make_plan(model: nn.Module, request: Request) -> list[Assignment]:
     return decide(with_empty_memory_marked(survey(model, request)), request)
 
 
-def survey(model: nn.Module, request: Request, *, is_uninitialised: bool = False) -> list[Candidate]:
+def survey(
+    model: nn.Module, request: Request, *, is_uninitialised: bool = False, why_settled: WhySettled = nothing_is_settled
+) -> list[Candidate]:
     """The first half of a plan: every parameter, what speaks about it, and what it holds here.
 
     Args:
         model: any module.
         request: whose rules leave parameters alone, or name them outright.
         is_uninitialised: the memory holds nothing, so it is not read.
+        why_settled: says of a parameter, in words, why it has its weights already; "" if it has not.
     """
     check_model(model)
     found = list(parameter_sites(model))
@@ -176,7 +188,7 @@ def survey(model: nn.Module, request: Request, *, is_uninitialised: bool = False
     relatives = [(by_memory[_memory_of(site.parameter)], by_forward_fqn[site.forward_fqn]) for site in found]
     request.check_all_used([_names(aliases, originals) for aliases, originals in relatives])
     return [
-        _candidate(site, aliases, originals, request, is_uninitialised)
+        _candidate(site, aliases, originals, request, is_uninitialised, why_settled)
         for site, (aliases, originals) in zip(found, relatives, strict=True)
     ]
 
@@ -205,13 +217,15 @@ def _candidate(
     originals: list[ParameterSite],
     request: Request,
     is_uninitialised: bool,
+    why_settled: WhySettled,
 ) -> Candidate:
     """Ask everything about one parameter."""
     asked = (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
     roles = tuple(role for role in asked if role is not None)
     role = _main_role(site, roles)
     rule = request.rule_for(*_names(aliases, originals))
-    why_left = _why_left(site, aliases, originals, role, rule)
+    settled = next(filter(None, map(why_settled, aliases)), "")
+    why_left = (Reason.SETTLED, settled) if settled else _why_left(site, aliases, originals, role, rule)
     candidate = Candidate(site, aliases, originals, roles, role, rule, why_left)
     if candidate.why_left is not None:
         return candidate

@@ -10,6 +10,8 @@ class Reason(str, Enum):
 
     UNINITIALISED = "uninitialised"
     """A lazy module's parameter that has no shape yet."""
+    SETTLED = "settled"
+    """An earlier fit started from it, or a checkpoint restored it."""
     INTEGER = "integer"
     NO_ELEMENTS = "no elements"
     RULE_KEEPS = "kept by rule"

@@ -20,6 +20,9 @@ from lightning_init.schemes.fans import Fans
 LINES = 10
 """Rows of the table on the console; the whole one goes to the logger."""
 
+SHOWN = 4
+"""Notes below the table, and names in one of them."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -77,11 +80,18 @@ class InitReport:
 
     ``print`` it for ten lines grouped by module type and rule; ``to_dict``, ``to_json`` and ``to_markdown``
     give the whole table.
+
+    Attributes:
+        scheme: what was asked for, in words.
+        seed: from which everything was drawn.
+        entries: one for each parameter name, in order of registration.
+        notes: what is to be known of others than parameters, such as copies that were made of them.
     """
 
     scheme: str
     seed: int
     entries: tuple[Entry, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def drawn(self) -> tuple[Entry, ...]:
@@ -113,6 +123,7 @@ class InitReport:
             "scheme": self.scheme,
             "seed": self.seed,
             "entries": [_plain(entry) for entry in self.entries],
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -125,7 +136,8 @@ class InitReport:
             "| parameter | module | shape | decided by | scheme | fan_in | fan_out | gain | target std | measured std |"
         )
         lines = [f"**{self.title}**", "", header, "|---" * 10 + "|"]
-        return "\n".join([*lines, *(_markdown_row(entry) for entry in self.entries)])
+        lines += [_markdown_row(entry) for entry in self.entries]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self._all_notes())] if self._all_notes() else lines)
 
     @property
     def title(self) -> str:
@@ -149,6 +161,8 @@ class InitReport:
             # As Text, so that a pattern's [abc] is no markup; unwrapped, so that ten groups are ten lines.
             table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
         yield table
+        for note in _few(self._all_notes()):
+            yield Text(note)
         for what, is_meant in (("is unknown", False), ("its author set", True)):
             advice = sorted(
                 {e.advice for e in self.entries if e.advice and (e.left is Reason.SET_BY_AUTHOR) == is_meant}
@@ -156,12 +170,29 @@ class InitReport:
             if advice:
                 yield Text(f"To draw what {what}: " + "; ".join(advice[:3]) + (" …" if len(advice) > 3 else ""))
 
+    def _all_notes(self) -> list[str]:
+        """What is not to be missed, each in one line."""
+        lazy = [entry.name for entry in self.entries if entry.left is Reason.UNINITIALISED]
+        return [
+            *([f"not drawn, for they have no shape before the first batch: {_listed(lazy)}"] if lazy else []),
+            *self.notes,
+        ]
+
     def __str__(self) -> str:
         """The console's table as plain text."""
         console = Console(width=140, color_system=None)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
+
+
+def _few(lines: Sequence[str]) -> list[str]:
+    more = [f"… and {len(lines) - SHOWN} more such lines"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

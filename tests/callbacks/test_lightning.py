@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_init.callbacks._lightning import end_meta_watch, start_meta_watch
+from lightning_init.callbacks._lightning import end_watches, start_meta_watch
 
 
 class OneLayer(LightningModule):
@@ -24,16 +24,16 @@ def test_meta_watch_tells_whether_parameters_got_memory() -> None:
         start_meta_watch(module)
         assert module.to_empty(device="cpu") is module
         assert module.layer.weight.device == torch.device("cpu")
-        assert end_meta_watch(module) == (device == "meta")
+        assert end_watches(module) == (device == "meta")
 
 
 def test_meta_watch_leaves_nothing_on_the_module() -> None:
     module = OneLayer("meta")
     before = set(module.__dict__)
     start_meta_watch(module)
-    assert not end_meta_watch(module)
+    assert not end_watches(module)
     assert set(module.__dict__) == before
-    assert not end_meta_watch(module)  # the second of teardown and on_exception
+    assert not end_watches(module)  # the second of teardown and on_exception
 
 
 def test_meta_watch_is_copied_with_the_module() -> None:
@@ -42,6 +42,6 @@ def test_meta_watch_is_copied_with_the_module() -> None:
     start_meta_watch(module)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         other.to_empty(device="cpu")
-        assert end_meta_watch(other)
+        assert end_watches(other)
     assert module.layer.weight.is_meta
-    assert not end_meta_watch(module)
+    assert not end_watches(module)

@@ -173,9 +173,9 @@ def test_target_of_several_chunks_is_their_root_mean_square() -> None:
 
 
 def rows_of(text: str) -> list[str]:
-    """The table's rows on the console: below the rule under the header, above the advice."""
+    """The table's rows on the console: below the rule under the header, above the notes and the advice."""
     _, below = text.split("──", 1)
-    table, *_ = below.split("To draw what is unknown")
+    table, *_ = re.split("To draw what is unknown|not drawn, for", below)
     return [line for line in table.splitlines()[1:] if line.strip()]
 
 
@@ -258,7 +258,9 @@ def test_json_round_trip_of_a_report(report: InitReport) -> None:
 
 
 def test_markdown_table_has_every_parameter(report: InitReport) -> None:
-    title, blank, header, rule, *rows = report.to_markdown().splitlines()
+    title, blank, header, rule, *rows, below, note = report.to_markdown().splitlines()
+    assert below == ""
+    assert note.startswith("- not drawn, for they have no shape before the first batch: lazy.")
     assert title == f"**{report.title}**"
     assert blank == ""
     assert {row.count("|") for row in (header, rule, *rows)} == {11}

@@ -96,8 +96,11 @@ def test_matplotlib_is_imported_only_where_a_picture_is_drawn() -> None:
 
 
 OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
+    "initialization/copies.py": {
+        "_trainer": "an attribute of every LightningModule that leads to data and loggers: not to be looked into",
+        "_fabric": "the same of Lightning Fabric",
+    },
     "callbacks/_lightning.py": {
-        "_average_model": "WeightAveraging keeps its copy there and offers no other way to it",
         "_batches_that_stepped": "what LearningRateMonitor counts by; global_step counts every optimizer",
         "_current_fx_name": "tells training_step from validation and other callbacks",
         "_should_accumulate": "the only answer that knows of the shorter last accumulation of an epoch",

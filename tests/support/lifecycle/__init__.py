@@ -11,6 +11,7 @@ from tests.support.lifecycle.averages import average_after, average_before, aver
 from tests.support.lifecycle.continuing import (
     fit_after_an_exception,
     fit_after_validating_a_checkpoint,
+    fit_after_validating_a_checkpoint_always,
     fit_after_validating_a_file_that_knows_no_callback,
     resume_after_an_exception,
     resume_by_slurm,
@@ -22,6 +23,8 @@ from tests.support.lifecycle.continuing import (
     second_fit,
     second_fit_in_a_new_trainer,
     second_fit_with_a_checkpoint,
+    second_fit_with_a_copied_callback,
+    second_fit_with_other_arguments,
     third_fit_after_a_checkpoint,
     validate_and_test_only,
 )
@@ -33,6 +36,12 @@ from tests.support.lifecycle.finders import (
     second_fit_after_a_finder,
     tuner_lr_find,
     tuner_scale_batch_size,
+)
+from tests.support.lifecycle.growing import (
+    head_missing_in_the_checkpoint,
+    new_head_at_the_second_fit,
+    parametrized_at_the_second_fit,
+    same_network_in_a_new_module,
 )
 from tests.support.lifecycle.guard import (
     always_initialises_again,
@@ -72,7 +81,10 @@ EVERYWHERE: list[Case] = [
     second_fit_in_a_new_trainer,
     second_fit_with_a_checkpoint,
     third_fit_after_a_checkpoint,
+    second_fit_with_a_copied_callback,
+    second_fit_with_other_arguments,
     fit_after_validating_a_checkpoint,
+    fit_after_validating_a_checkpoint_always,
     fit_after_validating_a_file_that_knows_no_callback,
     fit_after_an_exception,
     validate_and_test_only,
@@ -99,6 +111,10 @@ NOT_SHARDED: list[Case] = [
     average_of_all_steps,
     resumed_average,
     resume_from_a_file_without_callbacks,
+    new_head_at_the_second_fit,  # and a sharded model does not take a whole head
+    same_network_in_a_new_module,
+    head_missing_in_the_checkpoint,
+    parametrized_at_the_second_fit,
 ]
 # ... and batch size finders on several devices.
 ONE_DEVICE: list[Case] = [tuner_scale_batch_size, batch_size_finder]

@@ -5,6 +5,7 @@ Plain MLPs show no signs of training, so nothing but its own knowledge of the ru
 
 from __future__ import annotations
 
+import copy
 import os
 
 import pytest
@@ -125,6 +126,35 @@ def third_fit_after_a_checkpoint(setting: Setting) -> None:
     trainer.fit_loop.max_epochs = 3
     trainer.fit(model)
     assert_kept(model.starts[-1], trained)
+
+
+def second_fit_with_a_copied_callback(setting: Setting) -> None:
+    """Libraries copy the callbacks at every fit; the report is to be had from the one that the user holds."""
+    model, callback = setting.model(), new_callback()
+    setting.trainer(copy.deepcopy(callback)).fit(model)
+    trained = weights_of(model)
+    setting.trainer(copy.deepcopy(callback)).fit(model)
+    assert_kept(model.starts[1], trained)
+    assert callback.report is not None
+    assert callback.report.drawn
+
+
+def second_fit_with_other_arguments(setting: Setting) -> None:
+    """Somebody who compares schemes on one module wants new weights each time."""
+    model = setting.model()
+    setting.trainer(new_callback()).fit(model)
+    setting.trainer(new_callback(bias=0.5, trained="overwrite")).fit(model)
+    biases = [value for name, value in model.starts[1].items() if name.endswith("bias")]
+    assert biases
+    assert all(bool((value == 0.5).all()) for value in biases)
+
+
+def fit_after_validating_a_checkpoint_always(setting: Setting) -> None:
+    path, trained = setting.trained(new_callback())
+    model, trainer = setting.model(), setting.trainer(new_callback(when="always"))
+    trainer.validate(model, ckpt_path=path, verbose=False)
+    trainer.fit(model)
+    assert_kept(model.starts[0], trained)
 
 
 def fit_after_validating_a_checkpoint(setting: Setting) -> None:
