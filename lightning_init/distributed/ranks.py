@@ -20,6 +20,11 @@ def is_distributed() -> bool:
     return world_size() > 1
 
 
+def is_first_rank() -> bool:
+    """Whether this is rank 0, which speaks for all."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
 def all_gather_object(message: Message) -> list[Message]:
     """Every rank's message, in order of rank; ``[message]``, without a collective, where there are no others.
 

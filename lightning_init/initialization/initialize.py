@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
@@ -14,7 +15,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_init.checks import check_integer
+from lightning_init.distributed.ranks import is_first_rank
 from lightning_init.findings import Finding
+from lightning_init.initialization.advice import mostly_unknown
 from lightning_init.initialization.copies import find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
@@ -200,6 +203,7 @@ def carry_out(
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
     notes = [*_notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)), *notes]
+    _warn_if_mostly_unknown(prepared.plan)
     report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
     return report
@@ -217,6 +221,20 @@ def _notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[s
     notes = [f"nothing nonlinear feeds them, so their gain is 1: {listed(without)}"] if without else []
     notes += [f"output layers, which head='zeros' would start at 0: {listed(likely)}"] if likely and without else []
     return notes + ([f"what feeds the weights could not be seen: {trace.why_not}"] if trace.why_not else [])
+
+
+def _warn_if_mostly_unknown(plan: Sequence[Assignment]) -> None:
+    """Say loudly, on the first rank, that a report which looks calm is about the smaller part of a model."""
+    unknown: dict[str, int] = {}
+    drawn = 0
+    for one in plan:
+        parameter = one.site.parameter
+        if one.left is Reason.TYPE_UNKNOWN and parameter.ndim > 1:
+            unknown[one.module_type] = unknown.get(one.module_type, 0) + parameter.numel()
+        drawn += parameter.numel() if one.is_drawn and parameter.ndim > 1 else 0
+    sentence = mostly_unknown(unknown, drawn)
+    if sentence and is_first_rank():
+        warnings.warn(sentence, stacklevel=3)
 
 
 def _refuse_absurd(report: InitReport) -> None:

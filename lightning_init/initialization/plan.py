@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _OrthMaps
 
 from lightning_init.distributed.shards import LocalShard, local_shard_of
+from lightning_init.initialization.advice import class_names, registration
 from lightning_init.initialization.evidence import Evidence, authors_evidence, evidence_of
 from lightning_init.initialization.intent import Held, purposes_of, scale_of_table, uninitialised_among
 from lightning_init.initialization.reasons import Reason
@@ -23,6 +24,7 @@ from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
 from lightning_init.introspect.sites import (
     ParameterSite,
+    module_class,
     parameter_sites,
     parametrizations_of,
     recomputing_hook_of,
@@ -253,10 +255,11 @@ def decide(
         trace: what feeds the weights, as far as that is known.
     """
     purposes = purposes_of(map(_held, candidates), constants_only=was_trained)
+    names = class_names(candidate.site for candidate in candidates)
     heads = heads_among(candidates, trace)
     if request.head is not None and not heads:
         raise ValueError(_no_heads(request.head, trace))
-    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates), trace, heads)
+    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates), trace, heads, names)
     return [
         _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
@@ -295,12 +298,14 @@ class _Model(NamedTuple):
         rules_of_weights: patterns, see :func:`_speak_of_weights`.
         trace: what feeds the weights.
         heads: names of the weights that give the model's outputs, and are no lookup tables.
+        class_names: what to call the classes of its modules.
     """
 
     tied_widths: set[int]
     rules_of_weights: set[str]
     trace: Trace
     heads: frozenset[str]
+    class_names: Mapping[type, str]
 
 
 def _speak_of_weights(candidates: Iterable[Candidate]) -> set[str]:
@@ -346,10 +351,10 @@ def _widths_of_tied_tables(candidates: Iterable[Candidate]) -> set[int]:
 def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model) -> Assignment:
     """Decide for one parameter; the reasons to leave it alone come first."""
     site, role, rule = candidate.site, candidate.role, candidate.rule
-    kind, pattern = type_name(site.module), rule.pattern if rule else ""
+    kind, pattern = model.class_names[module_class(site.module)], rule.pattern if rule else ""
     if candidate.why_left is not None:
         left, reason = candidate.why_left
-        advice = _registration(site) if left is Reason.TYPE_UNKNOWN else ""
+        advice = registration(site, model.class_names) if left is Reason.TYPE_UNKNOWN else ""
         return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
     scheme, decided_by, gain = _choose(candidate, request, model)
     initializer = scheme.resolve(role, gain)
@@ -464,11 +469,6 @@ def _why_left_to_another(
     if originals[0] is not site:
         return Reason.WRITTEN_TOGETHER, f"written together with {originals[0].stored_fqn}"
     return None
-
-
-def _registration(site: ParameterSite) -> str:
-    """The line that makes a module type known."""
-    return f"register({type_name(site.module)}, {site.attribute!r}, Fans(fan_in, fan_out))"
 
 
 def _why_not_through(site: ParameterSite) -> tuple[Reason, str] | None:

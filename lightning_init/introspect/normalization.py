@@ -16,20 +16,25 @@ from lightning_init.schemes.distributions import Constant
 _NORM_NAME = re.compile(r"Norm(?![a-z])")
 
 
+_SHIFTS, _SCALES = ("bias", "beta", "b", "shift"), ("weight", "gamma", "g", "scale")
+"""What authors of norms call their two vectors."""
+
+
 def norm_role(module: nn.Module, attribute: str) -> Role:
     """A norm's bias starts at 0, its scale at 1, or at 0 where the module multiplies by 1 + scale."""
-    if attribute == "bias":
+    if attribute in _SHIFTS:
         return Role("norm", Constant(0.0), starts_at_zero=True)
     return Role("norm", Constant(0.0 if _scales_by_one_plus(module, attribute) else 1.0))
 
 
 def is_norm_by_name(module: nn.Module, attribute: str) -> bool:
-    """Whether this is the 1-D ``weight`` or ``bias`` of a class that calls itself a norm."""
+    """Whether this is the scale or the shift, one number per unit, of a class that calls itself a norm."""
     parameter = dict(module.named_parameters(recurse=False, remove_duplicate=False)).get(attribute)
     return (
-        attribute in ("weight", "bias")
+        attribute in (*_SCALES, *_SHIFTS)
         and parameter is not None
-        and parameter.ndim == 1
+        and (parameter.ndim == 1 or (parameter.ndim > 1 and attribute != "weight"))
+        and parameter.numel() == max(parameter.shape)
         and any(_NORM_NAME.search(cls.__name__) for cls in type(module).__mro__)
     )
 

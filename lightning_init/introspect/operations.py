@@ -93,7 +93,9 @@ def recorded_operations(model: nn.Module) -> Iterator[list[Operation]]:
     recorder = _Recorder()
     recorder.know(model, model)
     hooks = [
-        module.register_forward_pre_hook(lambda module, _: recorder.know(model, module)) for module in model.modules()
+        module.register_forward_pre_hook(lambda module, _: recorder.know(model, module))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks, and keeps its parameters
     ]
     try:
         with recorder:

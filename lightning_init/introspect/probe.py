@@ -46,7 +46,8 @@ def trace_call(model: nn.Module, call: Callable[[], object], *, outside: Sequenc
         with nothing_left_behind(model, outside), recorded_operations(model) as operations:
             call()
     except Exception as error:  # any code may stand here
-        return Trace(why_not=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".strip())
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        return Trace(why_not=f"{type(error).__name__}: {first_line}")
     return trace_of(operations)
 
 

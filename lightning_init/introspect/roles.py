@@ -18,7 +18,7 @@ from lightning_init.checks import check_positive, did_you_mean
 from lightning_init.introspect.normalization import is_norm_by_name, norm_role
 from lightning_init.introspect.role import KEEP, Role
 from lightning_init.introspect.sites import modules_around
-from lightning_init.introspect.torch_roles import TORCH_ROLES, Describe, torch_uniform
+from lightning_init.introspect.torch_roles import TIME_STEPS, TORCH_ROLES, Describe, is_time_step, torch_uniform
 from lightning_init.schemes.distributions import Constant
 from lightning_init.schemes.fans import Fans, embedding_bag_fans
 
@@ -54,6 +54,8 @@ def role_of(module: nn.Module, attribute: str, ancestors: Sequence[tuple[nn.Modu
         describe = _registered(owner, name)
         if describe is not None:
             return describe(owner, name)
+        if is_time_step(owner, name):
+            return TIME_STEPS
     return norm_role(module, attribute) if is_norm_by_name(module, attribute) else None
 
 

@@ -161,8 +161,13 @@ def _sibling(name: str, attribute: str) -> str:
 
 
 def type_name(module: nn.Module) -> str:
+    """The name of :func:`module_class`."""
+    return module_class(module).__name__
+
+
+def module_class(module: nn.Module) -> type[nn.Module]:
     """The user's class, without the classes that FSDP2 and ``parametrize`` derive from it on the fly."""
-    return next(kind.__name__ for kind in type(module).__mro__ if kind is not FSDPModule and not _is_derived(kind))
+    return next(kind for kind in type(module).__mro__ if kind is not FSDPModule and not _is_derived(kind))
 
 
 def _is_derived(kind: type) -> bool:

@@ -156,9 +156,27 @@ def _transformers_conv1d(module: Any, attribute: str) -> Role:
     return Role("weight", default, fans, transposed=True)
 
 
-def _time_steps(module: Any, attribute: str) -> Role:
-    # softplus of this bias is spread log-uniformly over the step sizes of the state space model.
-    return Role("keep", Constant(0.0), why="its values are the time steps of a state space model")
+TIME_STEPS = Role("keep", Constant(0.0), why="its values are the time steps of a state space model")
+"""softplus of this bias is spread log-uniformly over the step sizes."""
+
+
+def is_time_step(module: nn.Module, name: str) -> bool:
+    """Whether this is the bias of the time steps in a Mamba mixer, whatever its class is called.
+
+    >>> is_time_step(nn.Linear(2, 3), "bias")
+    False
+    """
+    return name == "dt_proj.bias" and {"A_log", "D"} <= {own for own, _ in module.named_parameters(recurse=False)}
+
+
+def _graph_linear(module: Any, attribute: str) -> Role:
+    # torch_geometric's Linear draws by the name of an initialiser that it was given.
+    fan_in, fan_out = module.in_channels, module.out_channels
+    if attribute == "bias":
+        zeros = module.bias_initializer == "zeros"
+        return Role("bias", Constant(0.0) if zeros else torch_uniform(fan_in), starts_at_zero=zeros)
+    default = xavier_uniform(fan_in, fan_out) if module.weight_initializer == "glorot" else torch_uniform(fan_in)
+    return Role("weight", default, Fans(float(fan_in), float(fan_out)))
 
 
 _LINEAR: dict[str, Describe] = {"weight": _linear_weight, "bias": _linear_bias}
@@ -167,13 +185,6 @@ _CONV_TRANSPOSE: dict[str, Describe] = {"weight": _conv_transpose, "bias": _conv
 _RECURRENT: dict[str, Describe] = {"weight_*": _recurrent_weight, "bias_*": _recurrent_bias}
 _EMBEDDING: dict[str, Describe] = {"weight": _embedding}
 _NORM: dict[str, Describe] = {"weight": norm_role, "bias": norm_role}
-
-_MAMBA_MIXERS = (
-    "mamba_ssm.modules.mamba_simple.Mamba",
-    "transformers.models.mamba.modeling_mamba.MambaMixer",
-    "transformers.models.falcon_mamba.modeling_falcon_mamba.FalconMambaMixer",
-    "transformers.models.jamba.modeling_jamba.JambaMambaMixer",
-)
 
 TORCH_ROLES: Mapping[type[nn.Module] | str, Mapping[str, Describe]] = {
     nn.Linear: _LINEAR,
@@ -208,6 +219,6 @@ TORCH_ROLES: Mapping[type[nn.Module] | str, Mapping[str, Describe]] = {
     nn.RMSNorm: _NORM,
     nn.PReLU: {"weight": _prelu},
     "transformers.pytorch_utils.Conv1D": {"weight": _transformers_conv1d, "bias": _zero_bias},
-    **{mixer: {"dt_proj.bias": _time_steps} for mixer in _MAMBA_MIXERS},
+    "torch_geometric.nn.dense.linear.Linear": {"weight": _graph_linear, "bias": _graph_linear},
 }
 """Module type (or its qualified name, for a library that need not be installed) to parameter to role."""

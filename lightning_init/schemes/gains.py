@@ -44,8 +44,11 @@ ACTIVATIONS: Mapping[str, Elementwise] = {
     "softplus": F.softplus,
     "softsign": F.softsign,
     "hardswish": F.hardswish,
+    "hard_swish": F.hardswish,
     "hardtanh": F.hardtanh,
+    "hard_tanh": F.hardtanh,
     "hardsigmoid": F.hardsigmoid,
+    "hard_sigmoid": F.hardsigmoid,
 }
 """Elementwise activations by name, with torch's own default arguments."""
 

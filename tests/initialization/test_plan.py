@@ -193,7 +193,7 @@ def test_reason_of_what_is_left_alone(make: Callable[[], nn.Module], name: str, 
 
 def test_unknown_type_error_has_a_line_to_paste_and_a_literal_rule_applies() -> None:
     assignment = planned(Unknown())["A_log"]
-    assert assignment.advice == "register(Unknown, 'A_log', Fans(fan_in, fan_out))"
+    assert assignment.advice == "register(Unknown, 'A_log', lambda m: Fans(m.A_log.shape[1], m.A_log.shape[0]))"
     assert planned(Unknown(), "he_normal", Rule("A_log", Normal(0.1)))["A_log"].initializers == (Normal(0.1),)
     for rule in (Rule("*", Normal(0.1)), Rule("A_log", "xavier_normal"), Rule("A_log", "torch_default")):
         assert planned(Unknown(), "he_normal", rule)["A_log"].reason == "module type unknown"

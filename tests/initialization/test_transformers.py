@@ -19,7 +19,10 @@ from tests.support.training import weights_at_start
 from tests.support.transformer_models import MODELS, WIDTH, batch_for
 from tests.support.weights import assert_differ, assert_same, weights_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:only .* of the weights are of a known type:UserWarning"),  # Mixtral's experts
+]
 
 UNKNOWN = "module type unknown"
 LEFT_ALONE: dict[str, dict[str, str]] = {
