@@ -7,15 +7,30 @@ of a fit: what the Trainer is like, what happens before training, where the loop
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+
+NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+"""The two names under which Lightning is published, in packages of their own: every class exists twice."""
+
+
+def classes(module: str, name: str) -> tuple[type, ...]:
+    """A class of Lightning under every name that is loaded, for ``isinstance``; none is imported for that.
+
+    Args:
+        module: below the namespace, such as "strategies".
+        name: of the class.
+    """
+    loaded = (sys.modules.get(f"{namespace}.{module}") for namespace in NAMESPACES)
+    return tuple(getattr(home, name) for home in loaded if home is not None)
+
 
 # --- The Trainer
 
@@ -43,7 +58,7 @@ def why_nothing_is_written(trainer: Trainer) -> str | None:
 
 def is_deepspeed(trainer: Trainer) -> bool:
     """Whether DeepSpeed runs the training: its optimizer holds copies of the weights from before ``on_fit_start``."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+    return isinstance(trainer.strategy, classes("strategies", "DeepSpeedStrategy"))
 
 
 def data_parallel_size(trainer: Trainer) -> int:

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import seed_everything
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -324,11 +323,3 @@ def differ_in(name: str, strategy: str) -> None:
 def test_ranks_that_differ_raise_with_the_first_parameter(strategy: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=r"network\.2\.weight"):
         run_ranks(differ_in, 2, "network.2.weight", strategy)
-
-
-def test_deepspeed_is_refused() -> None:
-    trainer, model = make_trainer(), DigitsModule(mlp)
-    # Made without __init__, which asks for a package and a GPU: refusing needs neither.
-    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
-    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
-        InitCallback().setup(trainer, model, "fit")

@@ -128,8 +128,10 @@ class Authored(nn.Module):
         return logits
 
 
-class DigitsModule(LightningModule):
-    """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``.
+class Digits:
+    """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``: what a LightningModule does.
+
+    It has no base, because there are two classes of the name LightningModule: see :func:`module_class`.
 
     Args:
         build: makes the network; at module level if the module shall pickle (``functools.partial`` does).
@@ -181,6 +183,10 @@ class DigitsModule(LightningModule):
         return DataLoader(TensorDataset(pixels[1500:], classes[1500:]), self.batch_size)
 
 
+class DigitsModule(Digits, LightningModule):
+    """See :class:`Digits`."""
+
+
 class DigitsMLP(DigitsModule):
     """See :func:`mlp`."""
 
@@ -209,7 +215,7 @@ class DigitsTransformer(DigitsModule):
         super().__init__(partial(RowTransformer, width, depth, heads, dropout), **options)
 
 
-class LateModule(DigitsModule):
+class Late(Digits):
     """The network appears in ``configure_model``, on ``device``: what a large model does."""
 
     def __init__(self, build: Callable[[], nn.Module], device: str = "cpu", **options: Any) -> None:
@@ -229,7 +235,7 @@ class LateModule(DigitsModule):
         """Overridden by modules whose weights are spread over ranks."""
 
 
-class ShardedModule(LateModule):
+class Sharded(Late):
     """FSDP2 over the data-parallel dimension of ModelParallelStrategy's mesh: network and its children."""
 
     def parallelize(self) -> None:
@@ -240,3 +246,11 @@ class ShardedModule(LateModule):
             if any(True for _ in child.parameters()):
                 fully_shard(child, mesh=mesh)
         fully_shard(self.network, mesh=mesh)
+
+
+class LateModule(Late, DigitsModule):
+    """See :class:`Late`."""
+
+
+class ShardedModule(Sharded, LateModule):
+    """See :class:`Sharded`."""
