@@ -187,11 +187,15 @@ class DigitsModule(Digits, LightningModule):
     """See :class:`Digits`."""
 
 
-class DigitsMLP(DigitsModule):
+class MLP(Digits):
     """See :func:`mlp`."""
 
     def __init__(self, width: int = 32, depth: int = 2, activation: type[nn.Module] = nn.ReLU, **options: Any) -> None:
         super().__init__(partial(mlp, width, depth, activation), **options)
+
+
+class DigitsMLP(MLP, DigitsModule):
+    """See :class:`MLP`."""
 
 
 class DigitsConvNet(DigitsModule):
@@ -201,11 +205,15 @@ class DigitsConvNet(DigitsModule):
         super().__init__(partial(conv_net, width, depth), **options)
 
 
-class DigitsLSTM(DigitsModule):
+class LSTM(Digits):
     """See :class:`RowLSTM`."""
 
     def __init__(self, width: int = 16, depth: int = 1, bidirectional: bool = False, **options: Any) -> None:
         super().__init__(partial(RowLSTM, width, depth, bidirectional), **options)
+
+
+class DigitsLSTM(LSTM, DigitsModule):
+    """See :class:`LSTM`."""
 
 
 class DigitsTransformer(DigitsModule):

@@ -19,7 +19,9 @@ LIGHTNING: Final = "lightning.pytorch"
 """Where the tests do not say another."""
 PYTORCH_LIGHTNING: Final = "pytorch_lightning"
 
-in_both_namespaces = pytest.mark.parametrize("namespace", [LIGHTNING, PYTORCH_LIGHTNING])
+NAMESPACES: list[Namespace] = [LIGHTNING, PYTORCH_LIGHTNING]
+
+in_both_namespaces = pytest.mark.parametrize("namespace", NAMESPACES)
 
 
 def lightning(namespace: Namespace) -> Any:
