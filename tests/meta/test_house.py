@@ -90,10 +90,8 @@ def test_mathematics_knows_no_lightning(file: Path) -> None:
 
 def test_lightning_is_imported_under_one_name() -> None:
     """Whoever uses the other would wait for both. Its classes are found where a user has imported it."""
-    for file in FILES:
-        assert not {"pytorch_lightning", "lightning_fabric"} & {
-            module.partition(".")[0] for module, _ in imports_of(file)
-        }
+    packages = {module.partition(".")[0] for file in FILES for module, _ in imports_of(file)}
+    assert not packages & {"pytorch_lightning", "lightning_fabric"}
 
 
 def test_matplotlib_is_imported_only_where_a_picture_is_drawn() -> None:
