@@ -12,8 +12,8 @@ import random
 import sys
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -54,7 +54,7 @@ def sandbox(module: nn.Module, *, dtype: torch.dtype | None = None, zeros: bool 
         warnings.simplefilter("ignore")
         shell = _without_hooks(module)
         copied = shell if zeros else copy.deepcopy(shell, _hooks_forgotten(module))
-        with _shared_state_kept(copied):
+        with shared_state_kept(copied):
             if zeros:
                 _fill_with_zeros(copied)
                 copied.__dict__["training"] = False
@@ -64,12 +64,20 @@ def sandbox(module: nn.Module, *, dtype: torch.dtype | None = None, zeros: bool 
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Afterwards the global random states of torch (CPU), Python and NumPy are as before."""
+def random_states_kept(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Afterwards the global random states of torch (CPU), Python and NumPy are as before.
+
+    Args:
+        devices: accelerators whose states are kept too.
+    """
     numpy = sys.modules.get("numpy")  # without it nothing draws from it
     states = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        with torch.random.fork_rng(devices=[]):
+        kinds = {device.type for device in devices}
+        with ExitStack() as stack:
+            for kind in kinds or {"cuda"}:
+                of_kind = [device for device in devices if device.type == kind]
+                stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
             yield
     finally:
         random.setstate(states[0])
@@ -143,9 +151,15 @@ def _fill_with_zeros(shell: nn.Module) -> None:
 
 
 @contextmanager
-def _shared_state_kept(root: object) -> Iterator[None]:
-    """Afterwards the objects that ``root`` leads to have the contents that they had before."""
-    restore = [_restorer(value) for value in _reachable(root)]
+def shared_state_kept(root: object, *, most: int = _MAX_OBJECTS, outside: Iterable[object] = ()) -> Iterator[None]:
+    """Afterwards the objects that ``root`` leads to have the contents that they had before.
+
+    Args:
+        root: where to begin.
+        most: objects, at most, nearest first.
+        outside: objects that are left out, with what only they lead to.
+    """
+    restore = [_restorer(value) for value in _reachable(root, most, {id(value) for value in outside})]
     try:
         yield
     finally:
@@ -153,13 +167,13 @@ def _shared_state_kept(root: object) -> Iterator[None]:
             put_back()
 
 
-def _reachable(root: object) -> list[object]:
+def _reachable(root: object, most: int, outside: set[int]) -> list[object]:
     """The object and what can be reached from it, nearest first."""
     found: dict[int, object] = {}
     queue = deque([root])
-    while queue and len(found) < _MAX_OBJECTS:
+    while queue and len(found) < most:
         value = queue.popleft()
-        members = _members(value)
+        members = _members(value) if id(value) not in outside else None
         if members is not None and id(value) not in found:
             found[id(value)] = value
             queue.extend(members)
@@ -168,7 +182,7 @@ def _reachable(root: object) -> list[object]:
 
 def _members(value: object) -> list[object] | None:
     """What is directly inside of a container, a function or a user's object; None for what has no contents."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, torch.Generator, random.Random)) or type(value).__module__.startswith("numpy.random"):
         return []
     if isinstance(value, dict):
         return list(value.values())
@@ -208,6 +222,21 @@ def _restorer(value: Any) -> Callable[[], None]:
         return functools.partial(setattr, value, "cell_contents", contents[0])
     if isinstance(value, (dict, list, set, deque)):
         return _container_restorer(value)
+    return _generator_restorer(value)
+
+
+def _generator_restorer(value: Any) -> Callable[[], None]:
+    """Random generators of one's own: torch's, Python's, and NumPy's old and new."""
+    if isinstance(value, torch.Generator):
+        return functools.partial(_set_state, value, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator
+        return functools.partial(setattr, bits, "state", bits.state)
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
     return _nothing
 
 
@@ -233,7 +262,7 @@ def _identities(container: Any) -> list[int]:
 def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     """Plain tensors in memory; those of inference mode have no version that would tell of a change."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    if not is_plain or tensor.is_inference() or tensor.numel() > _MAX_ELEMENTS:
+    if not is_plain or tensor.is_inference() or tensor.numel() > _MAX_ELEMENTS or not has_memory(tensor):
         return _nothing
     memory, values, version = tensor.detach(), tensor.detach().clone(), tensor._version
 
@@ -245,6 +274,19 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
                 tensor.copy_(values)
 
     return restore
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a plain tensor's memory is there: FSDP frees what it has gathered, and reading that ends the process."""
+    if tensor.layout is not torch.strided:
+        return True
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size() if tensor.numel() else 0
+    return int(tensor.untyped_storage().nbytes()) >= needed
+
+
+def _set_state(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
 
 
 def _nothing() -> None:

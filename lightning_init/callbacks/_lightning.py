@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +23,7 @@ NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 """The two names under which Lightning is published, in packages of their own: every class exists twice."""
 
 
-def classes(module: str, name: str) -> tuple[type, ...]:
+def classes(module: str, name: str) -> tuple[type[Any], ...]:
     """A class of Lightning under every name that is loaded, for ``isinstance``; none is imported for that.
 
     Args:
@@ -162,6 +164,38 @@ class _RememberingToEmpty:
     def __call__(self, *args: Any, **kwargs: Any) -> LightningModule:
         self.parameters_were_meta = any(parameter.is_meta for parameter in self.module.parameters())
         return type(self.module).to_empty(self.module, *args, **kwargs)
+
+
+# --- One batch before training
+
+
+def train_dataloader(trainer: Trainer) -> Any:
+    """What the user's ``train_dataloader`` returns, or was given to fit: the Trainer's own is None before training."""
+    loaders = trainer.fit_loop._data_source.dataloader()
+    return loaders.iterables if isinstance(loaders, classes("utilities", "CombinedLoader")) else loaders
+
+
+def on_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """A batch as the training loop hands it over: converted, through the user's hooks, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def training_precision(trainer: Trainer) -> AbstractContextManager[Any]:
+    """Autocast, or whatever else the precision asks for."""
+    return trainer.precision_plugin.train_step_context()
+
+
+@contextmanager
+def no_loggers(trainer: Trainer) -> Iterator[None]:
+    """A call of the training step that is no step of the training writes nothing."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 # --- In the training loop

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from lightning_init.callbacks import _lightning
+from lightning_init.callbacks.look import look_at_first_batch
 from lightning_init.callbacks.settled import settle, settle_restored, why_restored, why_settled
 from lightning_init.checks import check_choice, check_integer
 from lightning_init.initialization.guard import Trained
@@ -43,6 +44,8 @@ class InitCallback(Callback):
         when: ``"fresh"``: once for each module; ``"always"``: at every fit. Never over a restored checkpoint.
         trained: what to do where weights show signs of training: ``"refuse"``: an error that names them; ``"keep"``:
             those layers stay, and the rest, such as a new head, is drawn; ``"overwrite"``: everything is drawn.
+        head: a scheme for the weights that give the model's outputs, such as ``"zeros"``; None: as for all others. One
+            batch through the training step shows which they are, and leaves nothing behind.
 
     Attributes:
         report: what was done to every parameter; None before it happened.
@@ -62,6 +65,7 @@ class InitCallback(Callback):
         seed: int | None = None,
         when: When = "fresh",
         trained: Trained = "refuse",
+        head: SchemeName | Scheme | None = None,
     ) -> None:
         check_choice("when", when, get_args(When))
         check_choice("trained", trained, get_args(Trained))
@@ -69,7 +73,7 @@ class InitCallback(Callback):
             check_integer("seed", seed)
         self._own_report: InitReport | None = None
         self._latest = _LatestReport()
-        self._request = Request.of(scheme, rules, activation, bias)
+        self._request = Request.of(scheme, rules, activation, bias, head)
         self._seed = None if seed is None else int(seed)
         self._last_seed: int | None = None
         self._when = when
@@ -166,6 +170,7 @@ class InitCallback(Callback):
             from_meta=was_on_meta,
             why_settled=stays,
             holders=_lightning.holders_of_copies(trainer),
+            look=partial(look_at_first_batch, trainer, pl_module),
         )
         self._own_report = self._latest.report = report
         self._last_seed = seed

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_init.introspect.sites import ParameterSite
+from lightning_init.sandbox import has_memory
 
 MAX_OBJECTS = 100_000
 """How many objects are looked into, at most: a data set may hang on a callback."""
@@ -123,7 +124,9 @@ def _is_comparable(tensor: Tensor) -> bool:
     is_known = isinstance(tensor, nn.Parameter) or type(tensor) in (Tensor, nn.Buffer, DTensor)
     if not is_known or is_lazy(tensor) or tensor.is_meta or tensor.is_inference():
         return False
-    return tensor.layout is torch.strided and tensor.is_floating_point() and tensor.numel() > 0
+    if tensor.layout is not torch.strided or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return isinstance(tensor, DTensor) or has_memory(tensor)
 
 
 def _source(path: str, tensor: Tensor, sites: Sequence[ParameterSite]) -> Copied | None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -31,18 +31,22 @@ from lightning_init.initialization.plan import (
     WhySettled,
     check_model,
     decide,
+    heads_among,
     is_doubtful,
     nothing_is_settled,
     survey,
     with_empty_memory_marked,
 )
 from lightning_init.initialization.reasons import Reason
-from lightning_init.initialization.report import Entry, InitReport
+from lightning_init.initialization.report import Entry, InitReport, listed
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
 from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
+from lightning_init.introspect.module_order import trace_of_order
+from lightning_init.introspect.probe import trace_call
+from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.scheme import Scheme
 
 ABSURD = 2
@@ -63,7 +67,9 @@ def initialize(
     rules: Iterable[Rule] = (),
     activation: str | None = None,
     bias: float | None = None,
+    head: str | Scheme | None = None,
     seed: int | None = None,
+    batch: object = None,
 ) -> InitReport:
     """Draw new weights for a model, in place: the same seed gives the same weights on any number of devices.
 
@@ -78,7 +84,11 @@ def initialize(
         rules: ahead of the scheme, the first that matches wins.
         activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own.
         bias: one value for every bias in place of the scheme's own.
+        head: a scheme for the weights that give the model's outputs, such as ``"zeros"``.
         seed: any integer; None: that of ``seed_everything``, else of ``torch.manual_seed``, else one drawn at random.
+        batch: what the model is called with (a tuple: its arguments; a dictionary: its keyword arguments), to find what
+            feeds each weight: where nothing nonlinear does, the gain is 1. Nothing is left behind. None: only
+            ``nn.Sequential`` shows what feeds what.
 
     Returns:
         What was done to every parameter, with target and measured standard deviation.
@@ -93,8 +103,9 @@ def initialize(
     >>> abs(layer.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.02
     True
     """
-    request = Request.of(scheme, rules, activation, bias)
-    return carry_out(model, request, agreed_seed() if seed is None else seed)
+    request = Request.of(scheme, rules, activation, bias, head)
+    look = None if batch is None else functools.partial(trace_call, model, functools.partial(_call, model, batch))
+    return carry_out(model, request, agreed_seed() if seed is None else seed, look=look)
 
 
 def plan(
@@ -104,16 +115,34 @@ def plan(
     rules: Iterable[Rule] = (),
     activation: str | None = None,
     bias: float | None = None,
+    head: str | Scheme | None = None,
+    batch: object = None,
 ) -> list[Assignment]:
     """What :func:`initialize` would do to each parameter; touches nothing. Arguments and errors as there.
 
     >>> [(assignment.name, assignment.scheme) for assignment in plan(nn.Linear(2, 3))]
     [('weight', 'he_normal'), ('bias', 'zeros')]
     """
-    request = Request.of(scheme, rules, activation, bias)
+    request = Request.of(scheme, rules, activation, bias, head)
     candidates = with_empty_memory_marked(survey(model, request))
     signs = signs_of_training(candidates, model) if is_doubtful(candidates) else []
-    return decide(candidates, request, was_trained=bool(signs))
+    look = None if batch is None else functools.partial(trace_call, model, functools.partial(_call, model, batch))
+    return decide(candidates, request, was_trained=bool(signs), trace=_trace(model, request, look))
+
+
+def _call(model: nn.Module, batch: object) -> object:
+    """Call a model with a batch: a tuple of its arguments, a dictionary of keyword arguments, or its one argument."""
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _trace(model: nn.Module, request: Request, look: Callable[[], Trace] | None) -> Trace:
+    """What feeds the weights, where that matters: by one call, or else by the order of modules."""
+    if not request.asks_what_feeds:
+        return Trace()
+    called = look() if look is not None else Trace()
+    return called.or_else(trace_of_order(model))
 
 
 def carry_out(
@@ -125,6 +154,7 @@ def carry_out(
     from_meta: bool = False,
     why_settled: WhySettled = nothing_is_settled,
     holders: Mapping[str, object] = MappingProxyType({}),
+    look: Callable[[], Trace] | None = None,
 ) -> InitReport:
     """Plan, guard, draw and write, compare between ranks, report.
 
@@ -136,6 +166,7 @@ def carry_out(
         from_meta: the model was on the meta device; nothing is read from its memory, and none of it may stay as it is.
         why_settled: says of a parameter why it has its weights already; "" if it has not.
         holders: what else may have copied weights, by what it is called: they get the new ones.
+        look: finds out what feeds the weights; None: by the order of modules only.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
@@ -143,18 +174,19 @@ def carry_out(
     check_model(model)
     check_integer("seed", seed)
     seed = int(seed)
+    trace, look_failure = _attempt(functools.partial(_trace, model, request, look), Trace())
     with summon_fsdp1_parameters(model):
         candidates, failure = _attempt(
             functools.partial(survey, model, request, is_uninitialised=from_meta, why_settled=why_settled),
             _NO_CANDIDATES,
         )
-        candidates = _agreed(candidates, failure)
+        candidates, trace = _agreed(candidates, trace, look_failure or failure)
         past = _Past([], frozenset())
         if not from_meta and (trained != "overwrite" or is_doubtful(candidates)):
             past = _Past.agreed(*_attempt(functools.partial(_Past.of, model, candidates, trained == "keep"), past))
         if trained == "refuse":
             refuse_trained(past.signs)
-        prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta)
+        prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta, trace)
         prepared, failure = _attempt(prepare, _Prepared([], []))
         to_draw = [task.assignment.site for task in prepared.tasks]
         copies = find_copies(model, to_draw, holders)
@@ -167,9 +199,24 @@ def carry_out(
         }
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
+    notes = [*_notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)), *notes]
     report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
     return report
+
+
+def _notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[str]) -> list[str]:
+    """Which weights got no gain for want of a nonlinearity, and which give the model's outputs."""
+    drawn = [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
+    without = [
+        one.name
+        for one in drawn
+        if one.decided_by != "head" and one.gain == 1.0 and trace.feed_of(one.name) == "linear"
+    ]
+    likely = [one.name for one in drawn if one.name in heads and one.decided_by != "head"]
+    notes = [f"nothing nonlinear feeds them, so their gain is 1: {listed(without)}"] if without else []
+    notes += [f"output layers, which head='zeros' would start at 0: {listed(likely)}"] if likely and without else []
+    return notes + ([f"what feeds the weights could not be seen: {trace.why_not}"] if trace.why_not else [])
 
 
 def _refuse_absurd(report: InitReport) -> None:
@@ -185,12 +232,12 @@ def _refuse_absurd(report: InitReport) -> None:
             )
 
 
-def _agreed(candidates: Sequence[Candidate], failure: Exception | None) -> list[Candidate]:
-    """The candidates with what all ranks hold of them: the sum over shards, and else what rank 0 holds."""
+def _agreed(candidates: Sequence[Candidate], trace: Trace, failure: Exception | None) -> tuple[list[Candidate], Trace]:
+    """The candidates with what all ranks hold of them: the sum over shards, and else what rank 0 holds; its trace."""
     mine = [(one.evidence, one.shard.local.numel() if one.shard else 0) for one in candidates]
-    ranks = gather_or_raise(mine, failure)
+    ranks, traces = zip(*gather_or_raise((mine, trace), failure), strict=True)
     if len(ranks) == 1 or any(len(theirs) != len(mine) for theirs in ranks):  # other models: said after drawing
-        return with_empty_memory_marked(candidates)
+        return with_empty_memory_marked(candidates), traces[0]
     agreed = []
     for one, theirs in zip(candidates, zip(*ranks, strict=True), strict=True):
         evidence = theirs[0][0]
@@ -200,7 +247,7 @@ def _agreed(candidates: Sequence[Candidate], failure: Exception | None) -> list[
             copies = sum(held for _, held in theirs) / max(1, one.shard.full_shape.numel())
             evidence = evidence.divided_by(copies) if evidence and copies else evidence
         agreed.append(dataclasses.replace(one, evidence=evidence))
-    return with_empty_memory_marked(agreed)
+    return with_empty_memory_marked(agreed), traces[0]
 
 
 class _Past(NamedTuple):
@@ -236,10 +283,16 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-    candidates: Sequence[Candidate], request: Request, seed: int, past: _Past, is_trained_kept: bool, from_meta: bool
+    candidates: Sequence[Candidate],
+    request: Request,
+    seed: int,
+    past: _Past,
+    is_trained_kept: bool,
+    from_meta: bool,
+    trace: Trace,
 ) -> _Prepared:
     """The plan, without what was trained if that is kept, and refused where it could not be carried out."""
-    plan = decide(candidates, request, was_trained=bool(past.signs))
+    plan = decide(candidates, request, was_trained=bool(past.signs), trace=trace)
     if is_trained_kept and past.signs:
         plan = keep_trained(plan, past.signs, past.fresh)
     refuse_meta(plan)

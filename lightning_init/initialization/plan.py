@@ -28,10 +28,13 @@ from lightning_init.introspect.sites import (
     recomputing_hook_of,
     type_name,
 )
+from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.distributions import Constant, Normal
 from lightning_init.schemes.fans import Fans
 from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
 from lightning_init.schemes.scheme import Initializer, Scheme
+
+_NO_TRACE = Trace()
 
 
 @dataclass(frozen=True)
@@ -238,19 +241,44 @@ def _candidate(
     return replace(candidate, shard=shard, evidence=evidence, is_empty=is_uninitialised)
 
 
-def decide(candidates: Sequence[Candidate], request: Request, *, was_trained: bool = False) -> list[Assignment]:
+def decide(
+    candidates: Sequence[Candidate], request: Request, *, was_trained: bool = False, trace: Trace = _NO_TRACE
+) -> list[Assignment]:
     """The second half of a plan: what will be done to each parameter, from what all of them are and hold.
 
     Args:
         candidates: of :func:`survey`.
         request: the scheme and the rules.
         was_trained: the model shows signs of training: only constants still say what its author meant.
+        trace: what feeds the weights, as far as that is known.
     """
     purposes = purposes_of(map(_held, candidates), constants_only=was_trained)
-    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates))
+    heads = heads_among(candidates, trace)
+    if request.head is not None and not heads:
+        raise ValueError(_no_heads(request.head, trace))
+    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates), trace, heads)
     return [
         _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
+
+
+def heads_among(candidates: Iterable[Candidate], trace: Trace) -> frozenset[str]:
+    """Names of the weights that give the model's outputs, without lookup tables and what is not drawn anyway."""
+    outputs = set(trace.heads)
+    return frozenset(
+        one.site.stored_fqn
+        for one in candidates
+        if one.site.stored_fqn in outputs and one.why_left is None and not one.is_table
+        if one.role is not None and one.role.kind == "weight"
+    )
+
+
+def _no_heads(head: Scheme, trace: Trace) -> str:
+    why = f" ({trace.why_not})" if trace.why_not else ""
+    return (
+        f"head={_as_code(head)} found no output layer to draw{why}: only one batch through the model shows which they "
+        f"are. Name them instead: Rule('head.weight', {_as_code(head)})"
+    )
 
 
 def is_doubtful(candidates: Iterable[Candidate]) -> bool:
@@ -265,10 +293,14 @@ class _Model(NamedTuple):
     Attributes:
         tied_widths: see :func:`_widths_of_tied_tables`.
         rules_of_weights: patterns, see :func:`_speak_of_weights`.
+        trace: what feeds the weights.
+        heads: names of the weights that give the model's outputs, and are no lookup tables.
     """
 
     tied_widths: set[int]
     rules_of_weights: set[str]
+    trace: Trace
+    heads: frozenset[str]
 
 
 def _speak_of_weights(candidates: Iterable[Candidate]) -> set[str]:
@@ -333,7 +365,7 @@ def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model)
         own = dict(zip(role.slices, role.bias_values, strict=True))
         initializers = tuple(map(Constant, own.values()))
         text += "".join(f", {name} {value:g}" for name, value in own.items() if value)
-    is_named = rule is not None and rule.is_literal and decided_by == rule.pattern
+    is_named = decided_by == "head" or (rule is not None and rule.is_literal and decided_by == rule.pattern)
     if (
         purpose
         and not is_named
@@ -485,6 +517,11 @@ def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Sche
             return scheme, by, gain
         return _table(candidate, scheme, model.tied_widths)
     if role.kind == "weight":
+        if request.head is not None and rule is None and site.stored_fqn in model.heads:
+            return request.head, "head", request.head.gain
+        asks_for_gain = rule is not None and (rule.is_literal or rule.gain is not None)
+        if scheme.takes_gain and not asks_for_gain and model.trace.feed_of(site.stored_fqn) == "linear":
+            return scheme, by, 1.0
         return scheme, by, gain
     if role.kind == "bias":
         return _bias(scheme, request.bias), "bias", 1.0

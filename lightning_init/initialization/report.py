@@ -174,7 +174,7 @@ class InitReport:
         """What is not to be missed, each in one line."""
         lazy = [entry.name for entry in self.entries if entry.left is Reason.UNINITIALISED]
         return [
-            *([f"not drawn, for they have no shape before the first batch: {_listed(lazy)}"] if lazy else []),
+            *([f"not drawn, for they have no shape before the first batch: {listed(lazy)}"] if lazy else []),
             *self.notes,
         ]
 
@@ -191,7 +191,8 @@ def _few(lines: Sequence[str]) -> list[str]:
     return [*lines[:SHOWN], *more]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The first few of many names."""
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 

@@ -84,6 +84,7 @@ class Request:
         rules: the first that matches a parameter decides.
         gain: in place of the scheme's own; None: its own.
         bias: the value of every bias; None: the scheme's own choice.
+        head: for the weights that give the model's outputs; None: as for all others.
         text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
@@ -91,6 +92,7 @@ class Request:
     rules: tuple[Rule, ...] = ()
     gain: float | None = None
     bias: float | None = None
+    head: Scheme | None = None
     text: str = field(default="", compare=False)
 
     @classmethod
@@ -100,6 +102,7 @@ class Request:
         rules: Iterable[Rule] | None = None,
         activation: str | None = None,
         bias: float | None = None,
+        head: str | Scheme | None = None,
     ) -> Request:
         """Check a user's arguments and turn them into a request.
 
@@ -108,6 +111,7 @@ class Request:
             rules: as in :class:`Request`.
             activation: what the gain is made for, such as ``gelu``; None: the scheme's own gain.
             bias: as in :class:`Request`.
+            head: a name of :data:`SCHEMES` or a scheme object.
 
         Raises:
             ValueError: an unknown scheme or activation, an activation for a scheme without a gain, a bias that is not
@@ -122,7 +126,14 @@ class Request:
         if bias is not None:
             check_finite("bias", bias)
         text = name_of(chosen) + (f" for {activation}" if activation else "")
-        return cls(chosen, _checked(rules), gain, bias, text)
+        return cls(chosen, _checked(rules), gain, bias, None if head is None else scheme_of(head), text)
+
+    @property
+    def asks_what_feeds(self) -> bool:
+        """Whether the weights depend on what feeds them: a gain other than 1, or output layers that are to be found."""
+        schemes = [self.scheme, *(scheme_of(rule.scheme) for rule in self.rules if not rule.keeps)]
+        gains = [scheme.gain if self.gain is None else self.gain for scheme in schemes if scheme.takes_gain]
+        return self.head is not None or any(gain != 1 for gain in gains)
 
     def rule_for(self, *names: str) -> Rule | None:
         """The first rule that matches one of a parameter's names."""

@@ -166,7 +166,7 @@ WRONG = [
     (
         ["--init.shceme=zeros"],
         {},
-        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained; "
+        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head; "
         "did you mean 'scheme'?",
     ),
     (

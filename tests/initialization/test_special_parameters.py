@@ -114,7 +114,7 @@ class Fitted:
         network: Any = self.model.network
         self.fresh = {name: layer.weight.detach().clone() for name, layer in network.layers.items()}
         self.mask = network.layers.pruned.weight_mask.clone()
-        callback, look = InitCallback("he_normal", seed=5), LooksAtStart()
+        callback, look = InitCallback("lecun_normal", seed=5), LooksAtStart()
         make_trainer(callbacks=[callback, look], max_epochs=1, limit_val_batches=0).fit(self.model)
         assert callback.report is not None
         self.report: InitReport = callback.report
@@ -123,7 +123,7 @@ class Fitted:
     def asked(self, name: str) -> Tensor:
         """What the scheme draws for a layer of this name and shape without anything special."""
         plain = nn.ModuleDict({"layers": nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH)})})
-        initialize(nn.ModuleDict({"network": plain}), "he_normal", seed=5)
+        initialize(nn.ModuleDict({"network": plain}), "lecun_normal", seed=5)
         return plain["layers"][name].weight.detach()
 
 

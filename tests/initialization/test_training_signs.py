@@ -245,7 +245,7 @@ def test_guard_is_off_when_trained_weights_are_to_be_overwritten(tmp_path: Path)
     state = torch.load(tmp_path / "backbone.pt", weights_only=True)
     model = Pretrained(lambda: loaded(fresh(mlp, 1), state), new_head=True)
     expected = copy.deepcopy(model)
-    initialize(expected, seed=3)
+    initialize(expected, seed=3, batch=digits()[0][:32])
     assert_same(weights_at_start(model, InitCallback(seed=3, trained="overwrite")), weights_of(expected))
 
 

@@ -107,6 +107,8 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_fabric": "the same of Lightning Fabric",
     },
     "callbacks/_lightning.py": {
+        "_data_source": "the user's train_dataloader before the Trainer has made its own",
+        "_on_before_batch_transfer": "how the Trainer runs the user's hook",
         "_batches_that_stepped": "what LearningRateMonitor counts by; global_step counts every optimizer",
         "_current_fx_name": "tells training_step from validation and other callbacks",
         "_should_accumulate": "the only answer that knows of the shorter last accumulation of an epoch",
@@ -129,6 +131,25 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_fsdp_wrapped_module": "FSDP1's wrapper",
         "_modules": "looks up one child without copying its siblings: names are asked thousands of times",
         "_orig_mod": "torch.compile's wrapper",
+    },
+    "introspect/module_order.py": {
+        "_AdaptiveAvgPoolNd": "the base of modules that let every signal pass, as the other three",
+        "_AvgPoolNd": "the same",
+        "_ConstantPadNd": "the same",
+        "_DropoutNd": "the same",
+        "_ConvNd": "the base of all convolutions",
+        "_NormBase": "the base of batch and instance norms",
+    },
+    "introspect/operations.py": {
+        "_local_tensor": "the memory of a DTensor; its public to_local makes a new tensor that autograd knows",
+        "_cdata": "which memory a tensor is in, whatever object it comes as",
+        "torch.utils._python_dispatch": "home of TorchDispatchMode, which has no public one",
+        "torch.utils._pytree": "tensors in nested arguments, as torch itself finds them",
+    },
+    "introspect/probe.py": {
+        "_DropoutNd": "the base of all dropouts",
+        "_schema": "which arguments an operation overwrites",
+        "torch.utils._python_dispatch": "home of TorchDispatchMode, which has no public one",
     },
     "introspect/own_code.py": {
         "_ConvNd": "the base of all convolutions",

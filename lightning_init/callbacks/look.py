@@ -1,0 +1,94 @@
+"""One call of the model on the Trainer's own data before training, to see what feeds each weight; it leaves nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_init.callbacks import _lightning
+from lightning_init.introspect.probe import trace_call
+from lightning_init.introspect.trace import Trace
+from lightning_init.sandbox import random_states_kept, shared_state_kept
+
+
+def look_at_first_batch(trainer: Trainer, module: LightningModule) -> Trace:
+    """What the training step, or else ``forward`` with ``example_input_array``, shows of the model.
+
+    The first batch stays the first: no sampler, generator or data set is moved on.
+
+    Returns:
+        The trace; an empty one that says why, where there is nothing that can be called without consequences.
+    """
+    trace = _training_step(trainer, module)
+    if not trace.uses and module.example_input_array is not None:
+        return trace_call(module, lambda: _forward(trainer, module), outside=[trainer]).or_else(trace)
+    return trace
+
+
+def _forward(trainer: Trainer, module: LightningModule) -> object:
+    example = _lightning.on_device(trainer, module, module.example_input_array)
+    with _lightning.training_precision(trainer):
+        if isinstance(example, tuple):
+            return module(*example)
+        return module(**example) if isinstance(example, Mapping) else module(example)
+
+
+def _training_step(trainer: Trainer, module: LightningModule) -> Trace:
+    if not module.automatic_optimization:
+        return Trace(why_not="with manual optimization the training step trains, and there is no example_input_array")
+    names = list(inspect.signature(module.training_step).parameters)
+    if "dataloader_iter" in names:
+        return Trace(why_not="the training step takes batches from the loader itself")
+    try:
+        batch = _first_batch(_lightning.train_dataloader(trainer))
+    except Exception as error:  # data are any code
+        return Trace(why_not=f"no batch could be made: {type(error).__name__}: {error}")
+
+    def call() -> object:
+        for silenced in ("log", "log_dict"):  # there is no loop yet that would take it
+            setattr(module, silenced, _say_nothing)
+        with _lightning.no_loggers(trainer), _lightning.training_precision(trainer):
+            moved = _lightning.on_device(trainer, module, batch)
+            return module.training_step(*([moved, 0] if len(names) > 1 else [moved]))
+
+    return trace_call(module, call, outside=[trainer])
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of ``LightningModule.log``."""
+
+
+def _first_batch(loaders: Any) -> Any:
+    """The first batch of one or several loaders, in their structure.
+
+    Raises:
+        TypeError: one of them cannot be asked without moving it on.
+    """
+    if isinstance(loaders, Mapping):
+        return {name: _first_batch(loader) for name, loader in loaders.items()}
+    if isinstance(loaders, (list, tuple)):
+        return [_first_batch(loader) for loader in loaders]
+    if not isinstance(loaders, DataLoader) or isinstance(loaders.dataset, IterableDataset):
+        raise TypeError("an iterable cannot be asked for a batch twice")
+    return _first_of_loader(loaders)
+
+
+def _first_of_loader(loader: DataLoader[Any]) -> Any:
+    """What the loader would give first, made without its workers."""
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if iter(sampler) is sampler:
+        raise TypeError("its sampler cannot be asked twice")
+    state = [loader.dataset, sampler, loader.sampler, loader.generator, getattr(loader.sampler, "generator", None)]
+    with ExitStack() as stack:
+        stack.enter_context(random_states_kept())
+        stack.enter_context(shared_state_kept(state))
+        indices = next(iter(sampler))
+        if loader.batch_sampler is None:
+            return loader.collate_fn(loader.dataset[indices])
+        fetch = getattr(loader.dataset, "__getitems__", None)
+        return loader.collate_fn(fetch(indices) if fetch else [loader.dataset[index] for index in indices])
