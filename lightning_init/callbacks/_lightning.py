@@ -7,6 +7,7 @@ of a fit: what the Trainer is like, what happens before training, where the loop
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,10 +16,23 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.optim import Optimizer
+
+NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
+"""The two names under which Lightning is published, in packages of their own: every class exists twice."""
+
+
+def classes(module: str, name: str) -> tuple[type[Any], ...]:
+    """A class of Lightning under every name that is loaded, for ``isinstance``; none is imported for that.
+
+    Args:
+        module: below the namespace, such as "strategies".
+        name: of the class.
+    """
+    loaded = (sys.modules.get(f"{namespace}.{module}") for namespace in NAMESPACES)
+    return tuple(getattr(home, name) for home in loaded if home is not None)
+
 
 # --- The Trainer
 
@@ -46,7 +60,7 @@ def why_nothing_is_written(trainer: Trainer) -> str | None:
 
 def is_deepspeed(trainer: Trainer) -> bool:
     """Whether DeepSpeed runs the training: its optimizer holds copies of the weights from before ``on_fit_start``."""
-    return isinstance(trainer.strategy, DeepSpeedStrategy)
+    return isinstance(trainer.strategy, classes("strategies", "DeepSpeedStrategy"))
 
 
 def data_parallel_size(trainer: Trainer) -> int:
@@ -158,7 +172,7 @@ class _RememberingToEmpty:
 def train_dataloader(trainer: Trainer) -> Any:
     """What the user's ``train_dataloader`` returns, or was given to fit: the Trainer's own is None before training."""
     loaders = trainer.fit_loop._data_source.dataloader()
-    return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    return loaders.iterables if isinstance(loaders, classes("utilities", "CombinedLoader")) else loaders
 
 
 def on_device(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from lightning_init.callbacks import _lightning
@@ -22,6 +21,7 @@ from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.introspect.sites import ParameterSite, parameter_sites
 from lightning_init.schemes.named import SchemeName
 from lightning_init.schemes.scheme import Scheme
+from lightning_init.show.loggers import write_text
 
 When = Literal["fresh", "always"]
 
@@ -184,9 +184,7 @@ class InitCallback(Callback):
             Console().print(report)
         except UnicodeEncodeError:  # a terminal of another time; the other ranks would wait for this one
             print(str(report).encode("ascii", "replace").decode())
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("initialization", report.to_markdown(), 0)
+        write_text(trainer.loggers, "initialization", report.to_markdown())
 
 
 class _LatestReport:

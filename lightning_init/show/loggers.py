@@ -12,22 +12,30 @@ from lightning_init.monitor.statistics import EDGES, STATISTICS, Histogram
 from lightning_init.show.event_file import use_compiled_checksums
 
 
+def write_text(loggers: Iterable[Any], tag: str, text: str) -> None:
+    """Write ``text``, which is Markdown, to TensorBoard's "Text" tab by each of the loggers that is TensorBoard's."""
+    for logger in loggers:
+        if (writer := _tensorboard_writer(logger)) is not None:
+            writer.add_text(tag, text, 0)
+
+
+def _tensorboard_writer(logger: Any) -> SummaryWriter | None:
+    """What a logger writes to TensorBoard by, whatever the logger's class; None if it is of another kind."""
+    experiment = getattr(logger, "experiment", None)
+    return experiment if isinstance(experiment, SummaryWriter) else None
+
+
 class StatisticsWriter:
-    """Writes statistics to loggers, of whatever classes: one whose ``experiment`` is a SummaryWriter is TensorBoard's.
+    """Writes statistics to loggers of whatever classes.
 
     Args:
         loggers: objects with ``log_metrics(metrics, step)``, as Lightning's are. On one rank only.
     """
 
     def __init__(self, loggers: Iterable[Any]) -> None:
-        loggers = list(loggers)
-        experiments = [getattr(logger, "experiment", None) for logger in loggers]
-        self.writers = [experiment for experiment in experiments if isinstance(experiment, SummaryWriter)]
-        self.others = [
-            logger
-            for logger, experiment in zip(loggers, experiments, strict=True)
-            if not isinstance(experiment, SummaryWriter)
-        ]
+        of_loggers = [(logger, _tensorboard_writer(logger)) for logger in loggers]
+        self.writers = [writer for _, writer in of_loggers if writer is not None]
+        self.others = [logger for logger, writer in of_loggers if writer is None]
         self._scalars = Summary()
         self._scalar_of: dict[str, Summary.Value] = {}
 

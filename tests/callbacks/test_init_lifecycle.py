@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_init import InitCallback
 from tests.support.lifecycle import (
@@ -21,8 +22,9 @@ from tests.support.lifecycle import (
     Case,
 )
 from tests.support.lifecycle.setting import Setting, initialized, new_callback, small_conv_net
-from tests.support.models import DigitsModule
+from tests.support.models import Digits
 from tests.support.modules import Pretrained, loaded
+from tests.support.namespaces import Namespace, in_both_namespaces, lightning, module_class
 from tests.support.trainers import make_trainer
 from tests.support.weights import assert_same, weights_of
 
@@ -30,13 +32,15 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 
 
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED, *ONE_DEVICE], ids=lambda case: case.__name__)
-def test_init_callback_on_one_device(case: Case, tmp_path: Path) -> None:
-    case(Setting("single", tmp_path))
+@in_both_namespaces
+def test_init_callback_on_one_device(case: Case, namespace: Namespace, tmp_path: Path) -> None:
+    case(Setting("single", tmp_path, namespace))
 
 
-def test_state_of_the_callback_is_primitive(tmp_path: Path) -> None:
+@in_both_namespaces
+def test_state_of_the_callback_is_primitive(namespace: Namespace, tmp_path: Path) -> None:
     """Lightning 2.6 loads checkpoints with weights_only=True: all but primitives and tensors fails."""
-    path, _ = Setting("single", tmp_path).trained(new_callback())
+    path, _ = Setting("single", tmp_path, namespace).trained(new_callback())
     checkpoint = torch.load(path, weights_only=True)
     (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("InitCallback"))
     assert state
@@ -65,9 +69,10 @@ def test_pretrained_weights_loaded_in_init_are_refused(tmp_path: Path) -> None:
     assert_same(weights_of(model), weights_of(trained))
 
 
-def test_fast_dev_run_initialises() -> None:
-    model: LightningModule = DigitsModule(small_conv_net)
-    make_trainer(fast_dev_run=True, callbacks=[new_callback()]).fit(model)
+@in_both_namespaces
+def test_fast_dev_run_initialises(namespace: Namespace) -> None:
+    model: LightningModule = module_class(Digits, namespace)(small_conv_net)
+    make_trainer(namespace, fast_dev_run=True, callbacks=[new_callback()]).fit(model)
     assert model.network[-1].bias.abs().max() < 0.01  # 0 and one step of AdamW
 
 
@@ -84,6 +89,27 @@ def test_seed_of_seed_everything_decides_each_fit(tmp_path: Path, monkeypatch: p
     monkeypatch.delenv("PL_GLOBAL_SEED")
     setting.trainer(callback).fit(setting.model())
     assert callback.report.seed == 6  # drawn or read once, then kept
+
+
+@in_both_namespaces
+def test_report_is_text_in_tensorboard(namespace: Namespace, tmp_path: Path) -> None:
+    loggers = lightning(namespace).loggers
+    logger, callback = loggers.TensorBoardLogger(tmp_path), new_callback()
+    setting = Setting("single", tmp_path, namespace)
+    setting.trainer(callback, logger=[loggers.CSVLogger(tmp_path), logger]).fit(setting.model())
+    (event,) = EventAccumulator(logger.log_dir).Reload().Tensors("initialization/text_summary")
+    assert callback.report is not None
+    assert event.tensor_proto.string_val[0].decode() == callback.report.to_markdown()
+
+
+@in_both_namespaces
+def test_deepspeed_is_refused(namespace: Namespace) -> None:
+    trainer, model = make_trainer(namespace), module_class(Digits, namespace)(small_conv_net)
+    # Made without __init__, which asks for a package and a GPU: refusing needs neither.
+    strategy = lightning(namespace).strategies.DeepSpeedStrategy
+    trainer._accelerator_connector.strategy = strategy.__new__(strategy)
+    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
+        new_callback().setup(trainer, model, "fit")
 
 
 def test_report_on_a_terminal_without_its_characters_does_not_end_the_fit(

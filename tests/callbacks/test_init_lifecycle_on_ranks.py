@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -17,9 +18,14 @@ from tests.support.lifecycle import (
     NOT_SHARDED,
     ON_META,
     Case,
+    average_before,
+    first_fit,
+    learning_rate_finder_before,
+    resume_from_a_path,
 )
 from tests.support.lifecycle.setting import Setting, assert_kept, new_callback, small_mlp
 from tests.support.models import DigitsModule
+from tests.support.namespaces import PYTORCH_LIGHTNING
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer, make_trainer
 from tests.support.weights import weights_of
@@ -30,6 +36,22 @@ pytestmark = [pytest.mark.filterwarnings(line) for line in EXPECTED_WARNINGS]
 @pytest.mark.parametrize("case", [*EVERYWHERE, *FINDERS, *NOT_SHARDED], ids=lambda case: case.__name__)
 def test_init_callback_on_ddp(case: Case, tmp_path: Path) -> None:
     run_ranks(case, 2, Setting("ddp", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "case"),
+    [
+        ("ddp", first_fit),
+        ("ddp", resume_from_a_path),
+        ("ddp", learning_rate_finder_before),
+        ("ddp", average_before),
+        ("fsdp2", resume_from_a_path),
+        ("fsdp2 meta", first_fit),
+    ],
+)
+def test_init_callback_on_ranks_of_pytorch_lightning(strategy: Any, case: Case, tmp_path: Path) -> None:
+    """What depends on the host; alone, all cases run under this name too."""
+    run_ranks(case, 2, Setting(strategy, tmp_path, PYTORCH_LIGHTNING))
 
 
 @pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.__name__)

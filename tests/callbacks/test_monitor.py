@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor
-from tests.support.models import DigitsMLP, mlp
+from tests.support.models import MLP, DigitsMLP, mlp
 from tests.support.monitored_fits import batches, fit, hooks_of
+from tests.support.namespaces import Namespace, in_both_namespaces, lightning, module_class
 from tests.support.oracle import BatchModule, MemoryLogger, assert_tags_close, expected_tags
 from tests.support.trainers import make_trainer
 
@@ -52,11 +51,12 @@ def test_glob_that_matches_no_layer_stops_the_fit() -> None:
     ("options", "reason"),
     [({"logger": False}, "the Trainer has no logger"), ({"fast_dev_run": True}, "of fast_dev_run")],
 )
-def test_logger_may_be_missing(options: dict[str, Any], reason: str) -> None:
+@in_both_namespaces
+def test_logger_may_be_missing(options: dict[str, Any], reason: str, namespace: Namespace) -> None:
     monitor = ActivationVarianceMonitor(1)
-    trainer = make_trainer(max_steps=2, callbacks=[monitor], **options)
+    trainer = make_trainer(namespace, max_steps=2, callbacks=[monitor], **options)
     with pytest.warns(UserWarning, match=f"only fills its .latest, because {reason}"):
-        trainer.fit(DigitsMLP())
+        trainer.fit(module_class(MLP, namespace)())
     assert monitor.latest["gradient_norm/total"] > 0
 
 
@@ -103,10 +103,12 @@ def test_layers_and_stats_are_chosen() -> None:
     assert list(tags) == ["dead_units/network.1", *(f"activation_variance/{layer}" for layer in layers)]
 
 
-def test_loggers_write_to_disk(tmp_path: Path) -> None:
-    loggers = [TensorBoardLogger(tmp_path, name="tb"), CSVLogger(tmp_path, name="csv")]
+@in_both_namespaces
+def test_loggers_write_to_disk(namespace: Namespace, tmp_path: Path) -> None:
+    kinds = lightning(namespace).loggers
+    loggers = [kinds.TensorBoardLogger(tmp_path, name="tb"), kinds.CSVLogger(tmp_path, name="csv")]
     monitor = ActivationVarianceMonitor(2)
-    make_trainer(max_steps=3, logger=loggers, callbacks=[monitor]).fit(DigitsMLP())
+    make_trainer(namespace, max_steps=3, logger=loggers, callbacks=[monitor]).fit(module_class(MLP, namespace)())
     accumulator = EventAccumulator(loggers[0].log_dir).Reload()
     for tag, value in monitor.latest.items():
         assert [event.step for event in accumulator.Scalars(tag)] == [0, 2]
@@ -118,15 +120,16 @@ def test_loggers_write_to_disk(tmp_path: Path) -> None:
     assert float(written[-1]["gradient_norm/total"]) == monitor.latest["gradient_norm/total"]
 
 
-def test_aggregates_are_callback_metrics(tmp_path: Path) -> None:
+@in_both_namespaces
+def test_aggregates_are_callback_metrics(namespace: Namespace, tmp_path: Path) -> None:
     """EarlyStopping and ModelCheckpoint find them, and they are what the tags say."""
-    monitor = ActivationVarianceMonitor(1)
-    stopping = EarlyStopping("gradient_norm/total", stopping_threshold=1e9, check_on_train_epoch_end=True)
-    checkpoint = ModelCheckpoint(tmp_path, monitor="activation_variance/min", save_on_train_epoch_end=True)
-    trainer = make_trainer(
-        max_epochs=3, logger=MemoryLogger(), callbacks=[monitor, stopping, checkpoint], enable_checkpointing=True
-    )
-    trainer.fit(DigitsMLP(num_samples=64))
+    monitor, others = ActivationVarianceMonitor(1), lightning(namespace).callbacks
+    stopping = others.EarlyStopping("gradient_norm/total", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    checkpoint = others.ModelCheckpoint(tmp_path, monitor="activation_variance/min", save_on_train_epoch_end=True)
+    callbacks = [monitor, stopping, checkpoint]
+    options = {"max_epochs": 3, "enable_checkpointing": True}
+    trainer = make_trainer(namespace, logger=MemoryLogger(), callbacks=callbacks, **options)
+    trainer.fit(module_class(MLP, namespace)(num_samples=64))
     assert trainer.current_epoch == 1  # the threshold is met at once
     variances = [v for tag, v in monitor.latest.items() if tag.startswith("activation_variance/")]
     assert trainer.callback_metrics["activation_variance/max"].item() == pytest.approx(max(variances))
@@ -135,6 +138,13 @@ def test_aggregates_are_callback_metrics(tmp_path: Path) -> None:
     assert trainer.callback_metrics["gradient_norm/total"].item() == pytest.approx(
         monitor.latest["gradient_norm/total"]
     )
+
+
+@in_both_namespaces
+def test_several_monitors_in_one_trainer(namespace: Namespace) -> None:
+    """Lightning refuses two callbacks of one class if it takes them for some that have a state to save."""
+    monitors = [ActivationVarianceMonitor(1, layers=[f"network.{index}"]) for index in (0, 2)]
+    assert make_trainer(namespace, callbacks=monitors).callbacks == monitors
 
 
 def test_layers_never_called_are_named_once() -> None:

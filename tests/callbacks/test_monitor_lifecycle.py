@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 
 from lightning_init import ActivationVarianceMonitor
 from tests.support.faults import broken
-from tests.support.models import DigitsMLP, digits
+from tests.support.models import MLP, DigitsMLP, digits
 from tests.support.monitored_fits import At, fit, hooks_of
+from tests.support.namespaces import Namespace, in_both_namespaces, lightning, module_class
 from tests.support.oracle import MemoryLogger
 from tests.support.trainers import make_trainer
 
@@ -55,12 +55,13 @@ def failing_step(module: LightningModule) -> None:
     ],
 )
 @pytest.mark.parametrize("neighbour_first", [True, False])
+@in_both_namespaces
 def test_hooks_are_removed_after_the_fit(
-    event: str, action: Callable[[LightningModule], Any], neighbour_first: bool
+    event: str, action: Callable[[LightningModule], Any], neighbour_first: bool, namespace: Namespace
 ) -> None:
-    module, monitor, neighbour = DigitsMLP(), ActivationVarianceMonitor(1), At(event, action)
+    module, monitor, neighbour = module_class(MLP, namespace)(), ActivationVarianceMonitor(1), At(event, action)
     callbacks = [neighbour, monitor] if neighbour_first else [monitor, neighbour]
-    trainer = make_trainer(max_epochs=1, logger=MemoryLogger(), callbacks=callbacks)
+    trainer = make_trainer(namespace, max_epochs=1, logger=MemoryLogger(), callbacks=callbacks)
     with pytest.raises((RuntimeError, SystemExit)):
         trainer.fit(module)
     assert hooks_of(module) == []
@@ -121,30 +122,36 @@ def test_callback_pickles_and_copies_also_during_a_fit() -> None:
         assert set(other.latest) == set(monitor.latest)
 
 
-def test_interval_continues_when_resuming_and_starts_again_in_a_second_fit(tmp_path: Path) -> None:
-    module = DigitsMLP()
-    trainer = make_trainer(max_steps=4, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(3)])
+@in_both_namespaces
+def test_interval_continues_when_resuming_and_starts_again_in_a_second_fit(
+    namespace: Namespace, tmp_path: Path
+) -> None:
+    module = module_class(MLP, namespace)()
+    trainer = make_trainer(namespace, max_steps=4, logger=MemoryLogger(), callbacks=[ActivationVarianceMonitor(3)])
     trainer.fit(module)
     trainer.save_checkpoint(tmp_path / "four.ckpt")
     memory, monitor = MemoryLogger(), ActivationVarianceMonitor(3)
-    trainer = make_trainer(max_steps=8, logger=memory, callbacks=[monitor])
+    trainer = make_trainer(namespace, max_steps=8, logger=memory, callbacks=[monitor])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         trainer.fit(module, ckpt_path=tmp_path / "four.ckpt")
     assert [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags] == [6]
-    assert sorted(fit(module, monitor)) == [0, 3, 6]
+    assert sorted(fit(module, monitor, namespace=namespace)) == [0, 3, 6]
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_finder_steps_before_the_fit_are_not_logged(first: bool, tmp_path: Path) -> None:
+@in_both_namespaces
+def test_finder_steps_before_the_fit_are_not_logged(first: bool, namespace: Namespace, tmp_path: Path) -> None:
     """It trains inside on_fit_start, then puts the weights back."""
     torch.manual_seed(0)
-    module = DigitsMLP(num_samples=128)
-    alone = fit(copy.deepcopy(module), ActivationVarianceMonitor(2))
-    finder, monitor = LearningRateFinder(num_training_steps=6), ActivationVarianceMonitor(2)
+    module = module_class(MLP, namespace)(num_samples=128)
+    alone = fit(copy.deepcopy(module), ActivationVarianceMonitor(2), namespace=namespace)
+    finder = lightning(namespace).callbacks.LearningRateFinder(num_training_steps=6)
+    monitor = ActivationVarianceMonitor(2)
     memory = MemoryLogger()
     callbacks = [monitor, finder] if first else [finder, monitor]
-    trainer = make_trainer(max_epochs=1, logger=memory, callbacks=callbacks, default_root_dir=tmp_path)
+    options = {"max_epochs": 1, "default_root_dir": tmp_path}
+    trainer = make_trainer(namespace, logger=memory, callbacks=callbacks, **options)
     trainer.fit(module)
     watched = [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags]
     assert watched == [0, 2]

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from lightning_init import ActivationVarianceMonitor, observe
 from tests.support.models import DigitsConvNet, DigitsLSTM, DigitsTransformer, digits
 from tests.support.modules import Checkpointed
-from tests.support.oracle import DEFAULT_STATS, Batch, BatchModule, MemoryLogger, assert_tags_close, expected_tags
+from tests.support.namespaces import LIGHTNING, PYTORCH_LIGHTNING, Namespace, module_class
+from tests.support.oracle import (
+    DEFAULT_STATS,
+    Batch,
+    Batches,
+    BatchModule,
+    MemoryLogger,
+    assert_tags_close,
+    expected_tags,
+)
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer
 
@@ -42,32 +51,38 @@ def network() -> nn.Sequential:
     return layers
 
 
-def monitored(network: nn.Module, sizes: list[list[int]], accumulation: int) -> dict[int, dict[str, float]]:
+def monitored(
+    network: nn.Module, sizes: list[list[int]], accumulation: int, namespace: Namespace = LIGHTNING
+) -> dict[int, dict[str, float]]:
     rank = dist.get_rank()
     memory, monitor = MemoryLogger(), ActivationVarianceMonitor(1, stats=["default", *ON_REQUEST])
     trainer = make_ddp_trainer(
+        namespace=namespace,
         max_epochs=1,
         callbacks=[monitor],
         logger=memory,
         accumulate_grad_batches=accumulation,
         use_distributed_sampler=False,
     )
-    trainer.fit(BatchModule(network, batches_of(rank, sizes[rank])))
+    trainer.fit(module_class(Batches, namespace)(network, batches_of(rank, sizes[rank])))
     return memory.steps
 
 
 @pytest.mark.parametrize(
-    ("world_size", "sizes", "accumulation"),
+    ("world_size", "sizes", "accumulation", "namespace"),
     [
-        (1, [[16, 16, 16]], 1),
-        (2, [[16, 16], [16, 16]], 1),
-        (2, [[24, 3, 8, 11, 5], [1, 17, 8, 2, 30]], 4),  # unequal batches, and a short last window
-        (4, [[8, 9], [5, 8], [8, 1], [30, 8]], 2),
+        (1, [[16, 16, 16]], 1, LIGHTNING),
+        (2, [[16, 16], [16, 16]], 1, LIGHTNING),
+        (2, [[24, 3, 8, 11, 5], [1, 17, 8, 2, 30]], 4, LIGHTNING),  # unequal batches, and a short last window
+        (2, [[24, 3, 8, 11, 5], [1, 17, 8, 2, 30]], 4, PYTORCH_LIGHTNING),
+        (4, [[8, 9], [5, 8], [8, 1], [30, 8]], 2, LIGHTNING),
     ],
 )
-def test_logged_numbers_on_ranks_equal_one_process(world_size: int, sizes: list[list[int]], accumulation: int) -> None:
+def test_logged_numbers_on_ranks_equal_one_process(
+    world_size: int, sizes: list[list[int]], accumulation: int, namespace: Namespace
+) -> None:
     reference = network().double()
-    steps = run_ranks(monitored, world_size, network(), sizes, accumulation)[0]
+    steps = run_ranks(monitored, world_size, network(), sizes, accumulation, namespace)[0]
     ranks = [[(x.double(), y) for x, y in batches_of(rank, sizes[rank])] for rank in range(world_size)]
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     for step in sorted(steps):

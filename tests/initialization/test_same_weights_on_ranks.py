@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import seed_everything
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -18,7 +17,18 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from lightning_init import InitCallback, Rule, initialize
 from lightning_init.initialization.streams import BLOCK, Block
-from tests.support.models import AllKinds, Authored, DigitsModule, LateModule, ShardedModule, digits, mlp
+from tests.support.models import (
+    AllKinds,
+    Authored,
+    Digits,
+    DigitsModule,
+    LateModule,
+    Sharded,
+    ShardedModule,
+    digits,
+    mlp,
+)
+from tests.support.namespaces import LIGHTNING, PYTORCH_LIGHTNING, Namespace, module_class
 from tests.support.ranks import run_ranks
 from tests.support.trainers import make_ddp_trainer, make_fsdp2_trainer, make_trainer
 from tests.support.weights import Weights, WeightsAtStart, assert_differ, assert_same, weights_of
@@ -45,13 +55,14 @@ def weights_at_start(model: DigitsModule, callback: InitCallback, trainer: Any, 
     return {name.removeprefix("network."): weight for name, weight in seen.at_start.items()}
 
 
-def start_with(strategy: str, build: Any = AllKinds, **options: Any) -> Weights:
+def start_with(strategy: str, build: Any = AllKinds, namespace: Namespace = LIGHTNING, **options: Any) -> Weights:
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # plain DDP has a different one per rank
     callback = InitCallback("he_normal", seed=SEED)
+    options["namespace"] = namespace
     if strategy == "ddp":
-        return weights_at_start(DigitsModule(build), callback, make_ddp_trainer, **options)
+        return weights_at_start(module_class(Digits, namespace)(build), callback, make_ddp_trainer, **options)
     if strategy == "fsdp2":
-        return weights_at_start(ShardedModule(build), callback, make_fsdp2_trainer, **options)
+        return weights_at_start(module_class(Sharded, namespace)(build), callback, make_fsdp2_trainer, **options)
     if strategy == "fsdp2 meta":
         return weights_at_start(ShardedModule(build, "meta"), callback, make_fsdp2_trainer, **options)
     if strategy == "tensor parallel":
@@ -91,6 +102,12 @@ def test_weight_matrices_are_all_drawn(expected: Weights) -> None:
 @pytest.mark.filterwarnings("ignore:Parameter initialization incomplete:UserWarning")  # attention on meta: Lightning
 def test_same_weights_on_any_number_of_ranks(strategy: str, world_size: int, expected: Weights) -> None:
     for weights in run_ranks(start_with, world_size, strategy):
+        assert_same(weights, expected)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_same_weights_on_ranks_of_pytorch_lightning(strategy: str, expected: Weights) -> None:
+    for weights in run_ranks(start_with, 2, strategy, namespace=PYTORCH_LIGHTNING):
         assert_same(weights, expected)
 
 
@@ -326,11 +343,3 @@ def differ_in(name: str, strategy: str) -> None:
 def test_ranks_that_differ_raise_with_the_first_parameter(strategy: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match=r"network\.2\.weight"):
         run_ranks(differ_in, 2, "network.2.weight", strategy)
-
-
-def test_deepspeed_is_refused() -> None:
-    trainer, model = make_trainer(), DigitsModule(mlp)
-    # Made without __init__, which asks for a package and a GPU: refusing needs neither.
-    trainer._accelerator_connector.strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
-    with pytest.raises(ValueError, match="does not work with DeepSpeed"):
-        InitCallback().setup(trainer, model, "fit")

@@ -88,6 +88,12 @@ def test_mathematics_knows_no_lightning(file: Path) -> None:
     assert not hosts & {module.partition(".")[0] for module, _ in imports_of(file)}
 
 
+def test_lightning_is_imported_under_one_name() -> None:
+    """Whoever uses the other would wait for both. Its classes are found where a user has imported it."""
+    packages = {module.partition(".")[0] for file in FILES for module, _ in imports_of(file)}
+    assert not packages & {"pytorch_lightning", "lightning_fabric"}
+
+
 def test_matplotlib_is_imported_only_where_a_picture_is_drawn() -> None:
     for file in FILES:
         for node in ast.parse(file.read_text()).body:

@@ -128,8 +128,10 @@ class Authored(nn.Module):
         return logits
 
 
-class DigitsModule(LightningModule):
-    """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``.
+class Digits:
+    """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``: what a LightningModule does.
+
+    It has no base, because there are two classes of the name LightningModule: see :func:`module_class`.
 
     Args:
         build: makes the network; at module level if the module shall pickle (``functools.partial`` does).
@@ -181,11 +183,19 @@ class DigitsModule(LightningModule):
         return DataLoader(TensorDataset(pixels[1500:], classes[1500:]), self.batch_size)
 
 
-class DigitsMLP(DigitsModule):
+class DigitsModule(Digits, LightningModule):
+    """See :class:`Digits`."""
+
+
+class MLP(Digits):
     """See :func:`mlp`."""
 
     def __init__(self, width: int = 32, depth: int = 2, activation: type[nn.Module] = nn.ReLU, **options: Any) -> None:
         super().__init__(partial(mlp, width, depth, activation), **options)
+
+
+class DigitsMLP(MLP, DigitsModule):
+    """See :class:`MLP`."""
 
 
 class DigitsConvNet(DigitsModule):
@@ -195,11 +205,15 @@ class DigitsConvNet(DigitsModule):
         super().__init__(partial(conv_net, width, depth), **options)
 
 
-class DigitsLSTM(DigitsModule):
+class LSTM(Digits):
     """See :class:`RowLSTM`."""
 
     def __init__(self, width: int = 16, depth: int = 1, bidirectional: bool = False, **options: Any) -> None:
         super().__init__(partial(RowLSTM, width, depth, bidirectional), **options)
+
+
+class DigitsLSTM(LSTM, DigitsModule):
+    """See :class:`LSTM`."""
 
 
 class DigitsTransformer(DigitsModule):
@@ -209,7 +223,7 @@ class DigitsTransformer(DigitsModule):
         super().__init__(partial(RowTransformer, width, depth, heads, dropout), **options)
 
 
-class LateModule(DigitsModule):
+class Late(Digits):
     """The network appears in ``configure_model``, on ``device``: what a large model does."""
 
     def __init__(self, build: Callable[[], nn.Module], device: str = "cpu", **options: Any) -> None:
@@ -229,7 +243,7 @@ class LateModule(DigitsModule):
         """Overridden by modules whose weights are spread over ranks."""
 
 
-class ShardedModule(LateModule):
+class Sharded(Late):
     """FSDP2 over the data-parallel dimension of ModelParallelStrategy's mesh: network and its children."""
 
     def parallelize(self) -> None:
@@ -240,3 +254,11 @@ class ShardedModule(LateModule):
             if any(True for _ in child.parameters()):
                 fully_shard(child, mesh=mesh)
         fully_shard(self.network, mesh=mesh)
+
+
+class LateModule(Late, DigitsModule):
+    """See :class:`Late`."""
+
+
+class ShardedModule(Sharded, LateModule):
+    """See :class:`Sharded`."""

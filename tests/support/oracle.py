@@ -21,7 +21,7 @@ def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(network(batch[0]), batch[1])
 
 
-class BatchModule(LightningModule):
+class Batches:
     """Trains ``network`` by SGD on exactly these micro-batches, in this order, on this rank."""
 
     def __init__(
@@ -45,6 +45,10 @@ class BatchModule(LightningModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.batches, batch_size=None)
+
+
+class BatchModule(Batches, LightningModule):
+    """See :class:`Batches`."""
 
 
 class MemoryLogger(Logger):

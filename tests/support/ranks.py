@@ -44,6 +44,7 @@ PRELOAD = [
     "lightning.pytorch",
     "lightning_init",
     "pytest",
+    "pytorch_lightning",
     "rich.table",
     "sklearn.datasets",
     "torch.distributed._tensor",  # loading an FSDP2 checkpoint imports it, for a third of a second

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+
+from tests.support.namespaces import LIGHTNING, Namespace, lightning
 
 
-def make_trainer(**options: Any) -> Trainer:
+def make_trainer(namespace: Namespace = LIGHTNING, **options: Any) -> Trainer:
     """A Trainer that prints and writes nothing unless asked; every option of Trainer overrides."""
     quiet = {
         "logger": False,
@@ -17,7 +18,8 @@ def make_trainer(**options: Any) -> Trainer:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return Trainer(**{"accelerator": "cpu", "devices": 1, **quiet, **options})
+    trainer: Trainer = lightning(namespace).Trainer(**{"accelerator": "cpu", "devices": 1, **quiet, **options})
+    return trainer
 
 
 def make_ddp_trainer(**options: Any) -> Trainer:
@@ -25,16 +27,18 @@ def make_ddp_trainer(**options: Any) -> Trainer:
     return make_trainer(strategy="ddp", devices=dist.get_world_size(), **options)
 
 
-def make_fsdp2_trainer(tensor_parallel_size: int = 1, one_file: bool = False, **options: Any) -> Trainer:
+def make_fsdp2_trainer(
+    tensor_parallel_size: int = 1, one_file: bool = False, namespace: Namespace = LIGHTNING, **options: Any
+) -> Trainer:
     """To be called on every rank: FSDP2, and with ``tensor_parallel_size`` a mesh of two dimensions.
 
     Args:
         one_file: save full checkpoints instead of a folder of shards.
     """
     world_size = dist.get_world_size()
-    strategy = ModelParallelStrategy(
+    strategy = lightning(namespace).strategies.ModelParallelStrategy(
         data_parallel_size=world_size // tensor_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=not one_file,
     )
-    return make_trainer(strategy=strategy, devices=world_size, **options)
+    return make_trainer(namespace, strategy=strategy, devices=world_size, **options)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from tests.support.lifecycle.setting import Setting, initialized, new_callback
 from tests.support.weights import assert_same, weights_of
@@ -23,7 +22,7 @@ def average_after(setting: Setting) -> None:
 def average_never_updated(setting: Setting, order: Callable[[Callback], list[Callback]]) -> None:
     """At the end the average replaces the weights; not updated once, it has to be the initialised ones."""
     model = setting.model()
-    setting.trainer(*order(EMAWeightAveraging(update_starting_at_step=1000))).fit(model)
+    setting.trainer(*order(setting.lightning.callbacks.EMAWeightAveraging(update_starting_at_step=1000))).fit(model)
     assert_same(model.starts[0], initialized())
     assert_same(weights_of(model), initialized())
 
@@ -31,7 +30,7 @@ def average_never_updated(setting: Setting, order: Callable[[Callback], list[Cal
 def average_of_all_steps(setting: Setting) -> None:
     """One step, so the average is the model after it."""
     model, plain = setting.model(), setting.model()
-    setting.trainer(WeightAveraging(), new_callback(), max_steps=1).fit(model)
+    setting.trainer(setting.lightning.callbacks.WeightAveraging(), new_callback(), max_steps=1).fit(model)
     setting.trainer(new_callback(), max_steps=1).fit(plain)
     assert_same(weights_of(model), weights_of(plain))
 
@@ -40,8 +39,8 @@ def resumed_average(setting: Setting) -> None:
     """A checkpoint holds the average as the model, and the model beside it: training goes on from the latter."""
 
     def trainer(max_epochs: int) -> Trainer:
-        checkpoints = ModelCheckpoint(setting.folder, save_last=True)
-        callbacks = [new_callback(), EMAWeightAveraging(decay=0.5), checkpoints]
+        checkpoints = setting.lightning.callbacks.ModelCheckpoint(setting.folder, save_last=True)
+        callbacks = [new_callback(), setting.lightning.callbacks.EMAWeightAveraging(decay=0.5), checkpoints]
         return setting.trainer(*callbacks, enable_checkpointing=True, max_epochs=max_epochs)
 
     trainer(1).fit(setting.model())

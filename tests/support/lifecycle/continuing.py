@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from tests.support.lifecycle.setting import FailsOnce, Setting, assert_kept, new_callback
 from tests.support.weights import assert_same, weights_of
@@ -55,7 +54,7 @@ def resume_with_weights_only(setting: Setting) -> None:
 
 def resume_from_last(setting: Setting) -> None:
     def trainer(max_epochs: int) -> Trainer:
-        checkpoints = ModelCheckpoint(setting.folder / "last", save_last=True)
+        checkpoints = setting.lightning.callbacks.ModelCheckpoint(setting.folder / "last", save_last=True)
         return setting.trainer(new_callback(), checkpoints, enable_checkpointing=True, max_epochs=max_epochs)
 
     first, second = setting.model(), setting.model()
@@ -68,7 +67,7 @@ def resume_after_an_exception(setting: Setting) -> None:
     """OnExceptionCheckpoint makes Lightning resume by itself: fit gets no ckpt_path."""
 
     failure = FailsOnce()
-    callbacks = [new_callback(), failure, OnExceptionCheckpoint(setting.folder)]
+    callbacks = [new_callback(), failure, setting.lightning.callbacks.OnExceptionCheckpoint(setting.folder)]
     with pytest.raises(ArithmeticError):
         setting.trainer(*callbacks, enable_checkpointing=True).fit(setting.model())
     model = setting.model()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.support.lifecycle.setting import RecordingModule, Setting, initialized, new_callback
+from tests.support.lifecycle.setting import Recording, Setting, initialized, new_callback
 from tests.support.weights import Weights, assert_same, weights_of
 
 HEAD = "network.4."
 
 
-def with_new_head(model: RecordingModule) -> RecordingModule:
+def with_new_head(model: Recording) -> Recording:
     """The last layer replaced, as for another task."""
     torch.manual_seed(5)
     head = model.network[4]

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_init import Rule
@@ -81,7 +80,8 @@ def trained_weights_are_refused(setting: Setting) -> None:
 def weights_only_file_is_refused(setting: Setting) -> None:
     """Nothing tells a callback that validate loaded such a file; the weights themselves do."""
     model = setting.model(small_conv_net)
-    checkpoints = ModelCheckpoint(setting.folder, save_weights_only=True, filename="weights")
+    saved = {"save_weights_only": True, "filename": "weights"}
+    checkpoints = setting.lightning.callbacks.ModelCheckpoint(setting.folder, **saved)
     setting.trainer(checkpoints, enable_checkpointing=True).fit(model)
     trained = weights_of(model)
     model, trainer = setting.model(small_conv_net), setting.trainer(new_callback())

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_init import InitCallback, initialize
-from tests.support.models import DigitsModule, ShardedModule, conv_net, mlp
+from tests.support.models import Digits, DigitsModule, Sharded, conv_net, mlp
+from tests.support.namespaces import LIGHTNING, Namespace, lightning, module_class
 from tests.support.trainers import make_ddp_trainer, make_fsdp2_trainer, make_trainer
 from tests.support.weights import Weights, assert_differ, assert_same, weights_of
 
@@ -24,7 +25,7 @@ small_mlp = partial(mlp, 17, 2)
 small_conv_net = partial(conv_net, 5)
 
 
-class RecordingModule(DigitsModule):
+class Recording(Digits):
     """Keeps the weights at every start of training, a finder's trials included."""
 
     def setup(self, stage: str) -> None:
@@ -34,7 +35,7 @@ class RecordingModule(DigitsModule):
         self.starts.append(weights_of(self))
 
 
-class RecordingShardedModule(RecordingModule, ShardedModule):
+class RecordingSharded(Recording, Sharded):
     """The same, sharded."""
 
 
@@ -49,10 +50,15 @@ MAKE_TRAINER: dict[str, Callable[..., Trainer]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a case runs: the strategy, and a folder that all its ranks share."""
+    """Where a case runs: the strategy, a folder that all its ranks share, and the name by which Lightning is used."""
 
     strategy: Literal["single", "ddp", "fsdp2", "fsdp2 meta", "fsdp2 one file"]
     folder: Path
+    namespace: Namespace = LIGHTNING
+
+    @property
+    def lightning(self) -> Any:
+        return lightning(self.namespace)
 
     @property
     def is_first_rank(self) -> bool:
@@ -61,14 +67,16 @@ class Setting:
     def trainer(self, *callbacks: Callback, **options: Any) -> Trainer:
         make = MAKE_TRAINER[self.strategy]
         defaults = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1}
-        return make(callbacks=list(callbacks), default_root_dir=self.folder, **{**defaults, **options})
+        options = {"namespace": self.namespace, "default_root_dir": self.folder, **defaults, **options}
+        return make(callbacks=list(callbacks), **options)
 
-    def model(self, build: Callable[[], nn.Module] = small_mlp, **options: Any) -> RecordingModule:
+    def model(self, build: Callable[[], nn.Module] = small_mlp, **options: Any) -> Recording:
         torch.manual_seed(int(os.environ.get("RANK", 0)))
         options = {"batch_size": 16, "learning_rate": 1e-2, **options}
         if not self.strategy.startswith("fsdp2"):
-            return RecordingModule(build, **options)
-        return RecordingShardedModule(build, "meta" if self.strategy == "fsdp2 meta" else "cpu", **options)
+            return module_class(Recording, self.namespace)(build, **options)
+        device = "meta" if self.strategy == "fsdp2 meta" else "cpu"
+        return module_class(RecordingSharded, self.namespace)(build, device, **options)
 
     def trained(self, *callbacks: Callback, name: str = "trained.ckpt") -> tuple[Path, Weights]:
         """A checkpoint after one epoch, and the weights in it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.support.lifecycle.setting import Setting, initialized, new_callback
 from tests.support.weights import assert_differ, assert_same, weights_of
@@ -19,7 +18,7 @@ def first_fit(setting: Setting) -> None:
 
 def last_without_a_checkpoint(setting: Setting) -> None:
     model = setting.model()
-    checkpoints = ModelCheckpoint(setting.folder / "none", save_last=True)
+    checkpoints = setting.lightning.callbacks.ModelCheckpoint(setting.folder / "none", save_last=True)
     trainer = setting.trainer(new_callback(), checkpoints, enable_checkpointing=True)
     trainer.fit(model, ckpt_path="last")
     assert_same(model.starts[0], initialized())
