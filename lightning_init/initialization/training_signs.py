@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.findings import Finding
-from lightning_init.initialization.evidence import SIGMAS, leading_rows, slices_held
+from lightning_init.initialization.evidence import READ, SIGMAS, leading_rows, slices_held
+from lightning_init.initialization.lattice import is_as_written, is_uniform_as_written
 from lightning_init.initialization.plan import Candidate
 from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.normalization import batches_tracked
@@ -43,6 +44,15 @@ MAX_BLURRED_STD = 0.5
 FIRST_STEPS = 1.02
 """Factor by which a few training steps move the largest value beyond its bound, at most."""
 
+FLAT_KURTOSIS = 1.9
+"""A uniform draw has 1.8, a normal one cut at ±1 std 1.94: what is flatter is a uniform draw, trained or not."""
+
+MIN_SEARCHED = 1000
+"""Fewer values leave so many possible bounds that looking for theirs would take seconds."""
+
+MOST_DRAWS = 2
+"""How often a fresh weight is written to: by its module's reset, and by its author's own draw."""
+
 LARGEST_GAP = 8
 """The largest of n values from ±w is above (1 - 8/n)·w but for a probability of e⁻⁸ = 3e-4."""
 
@@ -56,11 +66,14 @@ def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list
     - batch norms that have seen batches;
     - uniform biases that are neither what the module drew nor constant, and uniform weights of which some have
       left their interval (a step of 1e-3 is enough);
+    - float32 weights that are as flat as a uniform draw, but not exactly what one writes: any step shows;
+    - weights that hold a gradient and were written to more often than draws explain: this process has trained them;
     - weight matrices whose input columns, and lookup tables whose rows, differ in size by more than chance.
 
     A module with a parameter that is still constant has not been trained, since a step moves all of them: whatever
     else it holds is its author's draw. What an author drew for all biases of a module cannot be told from training.
-    A normal draw without biases or norms around it hides a few steps; nothing in the values can show them.
+    A normal draw without biases or norms around it, trained elsewhere and loaded here, hides a few steps; nothing in
+    the values can show them.
     """
     by_module: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in candidates:
@@ -106,6 +119,8 @@ def _parameter_signs(candidate: Candidate, held: Sequence[Candidate]) -> Iterato
     if role.starts_at_zero or (role.kind in ("norm", "other") and isinstance(role.default, Constant)):
         if any(not _is_constant(one) and float(one.abs().max()) > NEXT_TO_ZERO for one in slices):
             yield f"{span} is not constant, as a fresh {type(site.module).__name__}'s is"
+    elif role.kind == "weight" and _was_trained_here(candidate):
+        yield f"{site.stored_fqn} holds a gradient and was written to {site.parameter._version} times"
     elif _is_no_longer_uniform(candidate, role, slices, held):
         assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
@@ -128,7 +143,34 @@ def _is_no_longer_uniform(candidate: Candidate, role: Role, slices: list[Tensor]
         ):
             return False
         return all(any(_bias_has_moved(one, draw) for one in slices) for draw in usual)
-    return role.kind == "weight" and _has_left(torch.cat(slices), role.default, candidate.site.parameter.shape)
+    values = torch.cat(slices)
+    return role.kind == "weight" and (
+        _has_left(values, role.default, candidate.site.parameter.shape)
+        or any(_has_moved_within(one[:READ], role.default, candidate.site.parameter) for one in slices)
+    )
+
+
+def _has_moved_within(values: Tensor, drawn_from: Uniform, parameter: Tensor) -> bool:
+    """Whether float32 values are as flat as a uniform draw, but not what one writes, whatever its bound."""
+    n = values.numel()
+    if parameter.dtype is not torch.float32 or n < MIN_ELEMENTS or _kurtosis(values) > FLAT_KURTOSIS:
+        return False
+    if _is_half_precise(values) or is_as_written(values, drawn_from.high):
+        return False
+    if n < MIN_SEARCHED:
+        return _has_spread_of(values, drawn_from) and float(values.abs().max()) < drawn_from.high
+    return is_uniform_as_written(values, LARGEST_GAP / n) is False
+
+
+def _was_trained_here(candidate: Candidate) -> bool:
+    """Whether an optimizer of this process has stepped: the module's draw and its author's are two writes.
+
+    A backward pass alone leaves a gradient, and no more writes.
+    """
+    parameter, evidence = candidate.site.parameter, candidate.evidence
+    is_structured = evidence is not None and (evidence.has_structure or evidence.columns_are_orthogonal)
+    draws = MOST_DRAWS + is_structured  # an orthogonal draw is scaled afterwards
+    return parameter.grad is not None and parameter._version > draws and not is_as_reset(candidate)
 
 
 def is_as_reset(candidate: Candidate) -> bool:
@@ -141,6 +183,10 @@ def is_as_reset(candidate: Candidate) -> bool:
         return False
     slices = _slices_of(candidate)
     values = torch.cat(slices) if slices else torch.empty(0)
+    if candidate.site.parameter.dtype is torch.float32 and values.numel() and not _is_half_precise(values):
+        written = is_as_written(values, role.default.high)
+        if written is not None:
+            return written and float(values.abs().max()) <= role.default.high * _rounding(values)
     if values.numel() < MIN_ELEMENTS:
         return False
     largest = float(values.abs().max())
@@ -261,6 +307,11 @@ def _has_spread_of(values: Tensor, drawn_from: Uniform) -> bool:
     """Whether the measured std is the distribution's, within the standard error and 1 %."""
     growth = float(values.square().mean().sqrt()) / drawn_from.target_std - 1
     return abs(growth) < SIGMAS * drawn_from.sampling_error(values.numel()) + STD_SLACK
+
+
+def _is_half_precise(values: Tensor) -> bool:
+    """Whether values were rounded to 16 bits, whatever holds them now."""
+    return _rounding(values) > 1 + torch.finfo(torch.float32).eps
 
 
 def _rounding(values: Tensor) -> float:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,45 @@ def test_signs_after_a_longer_training(kind: str) -> None:
 
 def test_signs_without_biases_are_in_the_input_columns() -> None:
     """The values left the interval long ago; any draw could look like this, but not with such columns."""
-    (sign, *_) = signs(trained(fresh(without_biases), 500))
+    (sign, *_) = signs(loaded(fresh(without_biases), trained(fresh(without_biases), 500).state_dict()))
     assert re.fullmatch(r"0\.weight: its input columns differ in size by more than chance", sign)
+
+
+@pytest.mark.parametrize("steps", [1, 10, 100])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("draw", "rate"),
+    [
+        (None, 1e-4),
+        (None, 1e-3),
+        (None, 1e-2),
+        (nn.init.xavier_uniform_, 1e-4),
+        (partial(nn.init.uniform_, a=-0.0777, b=0.0777), 1e-5),
+    ],
+)
+def test_signs_in_uniform_weights_without_biases_have_no_window(
+    draw: Any, optimizer: Any, rate: float, steps: int
+) -> None:
+    """Trained elsewhere and loaded: one step of any size leaves numbers that no uniform draw gives."""
+    model = redrawn(fresh(without_biases), draw)
+    assert not signs(model)
+    state = trained(model, steps, partial(optimizer, lr=rate)).state_dict()
+    assert signs(loaded(fresh(without_biases), state))
+
+
+@pytest.mark.parametrize("draw", [nn.init.normal_, nn.init.kaiming_normal_, nn.init.orthogonal_])
+def test_signs_of_training_in_this_process_have_no_window(draw: Any) -> None:
+    """A backward pass without a step is no training."""
+    model = redrawn(fresh(without_biases), draw)
+    model(digits()[0][:8]).square().mean().backward()
+    assert not signs(model)
+    assert signs(trained(model, 1, partial(torch.optim.SGD, lr=1e-4)))
+
+
+def redrawn(model: nn.Module, draw: Any) -> nn.Module:
+    for parameter in model.parameters() if draw else ():
+        draw(parameter)
+    return model
 
 
 # Plain gradient descent moves what starts constant too, but may leave a uniform draw within its interval.
