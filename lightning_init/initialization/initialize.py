@@ -28,22 +28,20 @@ from lightning_init.initialization.guard import (
     refuse_trained,
     refuse_uninitialised,
 )
-from lightning_init.initialization.plan import (
-    Assignment,
+from lightning_init.initialization.plan import Assignment, decide, heads_among
+from lightning_init.initialization.reasons import Reason
+from lightning_init.initialization.report import Entry, InitReport, listed
+from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.seeds import agreed_seed
+from lightning_init.initialization.survey import (
     Candidate,
     WhySettled,
     check_model,
-    decide,
-    heads_among,
     is_doubtful,
     nothing_is_settled,
     survey,
     with_empty_memory_marked,
 )
-from lightning_init.initialization.reasons import Reason
-from lightning_init.initialization.report import Entry, InitReport, listed
-from lightning_init.initialization.rules import Request, Rule
-from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
 from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all

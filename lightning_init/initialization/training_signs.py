@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_init.findings import Finding
 from lightning_init.initialization.evidence import READ, SIGMAS, leading_rows, slices_held
 from lightning_init.initialization.lattice import is_as_written, is_uniform_as_written
-from lightning_init.initialization.plan import Candidate
+from lightning_init.initialization.survey import Candidate
 from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.normalization import batches_tracked
 from lightning_init.introspect.role import Role

@@ -119,7 +119,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_get": "LightningCLI's own way to a key below the subcommand",
         "_parser": "LightningCLI's own way to the subcommand's parser",
     },
-    "initialization/plan.py": {
+    "initialization/survey.py": {
         "_orig": "how pruning and the older spectral_norm end the name of what they compute from",
         "_OrthMaps": "tells the orthogonal maps that can be inverted",
         "_reset_parameters": "multi-head attention's own reset",

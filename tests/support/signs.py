@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_init import Rule
-from lightning_init.initialization.plan import survey, with_empty_memory_marked
 from lightning_init.initialization.rules import Request
+from lightning_init.initialization.survey import survey, with_empty_memory_marked
 from lightning_init.initialization.training_signs import signs_of_training
 
 
