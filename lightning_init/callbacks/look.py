@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_init.callbacks import _lightning
-from lightning_init.introspect.probe import trace_call
+from lightning_init.introspect.probe import call_with, trace_call
 from lightning_init.introspect.trace import Trace
 from lightning_init.sandbox import random_states_kept, shared_state_kept
 
@@ -33,9 +32,7 @@ def look_at_first_batch(trainer: Trainer, module: LightningModule) -> Trace:
 def _forward(trainer: Trainer, module: LightningModule) -> object:
     example = _lightning.on_device(trainer, module, module.example_input_array)
     with _lightning.training_precision(trainer):
-        if isinstance(example, tuple):
-            return module(*example)
-        return module(**example) if isinstance(example, Mapping) else module(example)
+        return call_with(module, example)
 
 
 def _training_step(trainer: Trainer, module: LightningModule) -> Trace:
@@ -84,9 +81,7 @@ def _first_of_loader(loader: DataLoader[Any]) -> Any:
     if iter(sampler) is sampler:
         raise TypeError("its sampler cannot be asked twice")
     state = [loader.dataset, sampler, loader.sampler, loader.generator, getattr(loader.sampler, "generator", None)]
-    with ExitStack() as stack:
-        stack.enter_context(random_states_kept())
-        stack.enter_context(shared_state_kept(state))
+    with random_states_kept(), shared_state_kept(state):
         indices = next(iter(sampler))
         if loader.batch_sampler is None:
             return loader.collate_fn(loader.dataset[indices])

@@ -46,12 +46,12 @@ def registration(site: ParameterSite, names: Mapping[type, str]) -> str:
     owner, attribute = site.module, site.attribute
     if isinstance(owner, _CONTAINERS) and site.ancestors:
         owner, attribute = site.ancestors[-1]
-    shape = site.parameter.shape
     if site.parameter.numel() < 2:
         return ""
-    if type(owner) in _CONTAINERS or not all(map(str.isidentifier, attribute.replace(".", "").split())):
+    can_be_written = all(part.isidentifier() or part.isdigit() for part in attribute.split("."))  # as m.listed[0]
+    if type(owner) in _CONTAINERS or not can_be_written:
         return f"Rule({site.stored_fqn!r}, Normal(std))"
-    return f"register({_reference(owner, names)}, {attribute!r}, {_role(attribute, len(shape), max(shape))})"
+    return f"register({_reference(owner, names)}, {attribute!r}, {_role(attribute, site.parameter.ndim)})"
 
 
 def _reference(owner: nn.Module, names: Mapping[type, str]) -> str:
@@ -62,7 +62,7 @@ def _reference(owner: nn.Module, names: Mapping[type, str]) -> str:
     return cls.__name__ if is_unique and is_reachable else repr(f"{cls.__module__}.{cls.__qualname__}")
 
 
-def _role(attribute: str, num_dims: int, size: int) -> str:
+def _role(attribute: str, num_dims: int) -> str:
     """The third argument of ``register``."""
     name = attribute.rpartition(".")[2]
     if num_dims < 2:

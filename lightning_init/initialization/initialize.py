@@ -46,7 +46,7 @@ from lightning_init.initialization.training_signs import is_as_reset, signs_of_t
 from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 from lightning_init.introspect.module_order import trace_of_order
-from lightning_init.introspect.probe import trace_call
+from lightning_init.introspect.probe import call_with, trace_call
 from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.scheme import Scheme
 
@@ -105,8 +105,7 @@ def initialize(
     True
     """
     request = Request.of(scheme, rules, activation, bias, head)
-    look = None if batch is None else functools.partial(trace_call, model, functools.partial(_call, model, batch))
-    return carry_out(model, request, agreed_seed() if seed is None else seed, look=look)
+    return carry_out(model, request, agreed_seed() if seed is None else seed, look=_look_at(model, batch))
 
 
 def plan(
@@ -127,15 +126,12 @@ def plan(
     request = Request.of(scheme, rules, activation, bias, head)
     candidates = with_empty_memory_marked(survey(model, request))
     signs = signs_of_training(candidates, model) if is_doubtful(candidates) else []
-    look = None if batch is None else functools.partial(trace_call, model, functools.partial(_call, model, batch))
-    return decide(candidates, request, was_trained=bool(signs), trace=_trace(model, request, look))
+    return decide(candidates, request, was_trained=bool(signs), trace=_trace(model, request, _look_at(model, batch)))
 
 
-def _call(model: nn.Module, batch: object) -> object:
-    """Call a model with a batch: a tuple of its arguments, a dictionary of keyword arguments, or its one argument."""
-    if isinstance(batch, tuple):
-        return model(*batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+def _look_at(model: nn.Module, batch: object) -> Callable[[], Trace] | None:
+    """What traces a call with a batch; None without one."""
+    return None if batch is None else functools.partial(trace_call, model, functools.partial(call_with, model, batch))
 
 
 def _trace(model: nn.Module, request: Request, look: Callable[[], Trace] | None) -> Trace:

@@ -137,7 +137,8 @@ class InitReport:
         )
         lines = [f"**{self.title}**", "", header, "|---" * 10 + "|"]
         lines += [_markdown_row(entry) for entry in self.entries]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self._all_notes())] if self._all_notes() else lines)
+        notes = [f"- {note}" for note in self._all_notes()]
+        return "\n".join([*lines, "", *notes] if notes else lines)
 
     @property
     def title(self) -> str:
@@ -173,10 +174,8 @@ class InitReport:
     def _all_notes(self) -> list[str]:
         """What is not to be missed, each in one line."""
         lazy = [entry.name for entry in self.entries if entry.left is Reason.UNINITIALISED]
-        return [
-            *([f"not drawn, for they have no shape before the first batch: {listed(lazy)}"] if lazy else []),
-            *self.notes,
-        ]
+        first = [f"not drawn, for they have no shape before the first batch: {listed(lazy)}"] if lazy else []
+        return [*first, *self.notes]
 
     def __str__(self) -> str:
         """The console's table as plain text."""

@@ -39,6 +39,7 @@ class Operation:
         function: what was called.
         arguments: positional ones; a :class:`Value` in place of every tensor.
         options: keyword ones, likewise.
+        inputs: the values among both.
         outputs: the tensors that it gave.
     """
 
@@ -46,12 +47,8 @@ class Operation:
     function: Any
     arguments: Any
     options: Any
+    inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
-
-    @property
-    def inputs(self) -> list[Value]:
-        """What it read."""
-        return [one for one in tree_flatten((self.arguments, self.options))[0] if isinstance(one, Value)]
 
 
 @dataclass(eq=False, slots=True)
@@ -61,7 +58,6 @@ class Value:
     Attributes:
         tensor: it, kept alive: it may have been overwritten since.
         operation: what gave it; None for parameters, data and constants.
-        output_nr: which of the operation's outputs it is.
         parameters: full names of the parameters that it was made of.
         is_data: whether it depends on the model's input.
         number: greater than those of all values before.
@@ -69,7 +65,6 @@ class Value:
 
     tensor: Tensor
     operation: Operation | None = None
-    output_nr: int = 0
     parameters: frozenset[str] = frozenset()
     is_data: bool = False
     number: int = field(default_factory=itertools.count().__next__)
@@ -90,10 +85,9 @@ def recorded_operations(model: nn.Module) -> Iterator[list[Operation]]:
         model: whose parameters are to be told from data. They are asked for before each module's forward pass, because
             FSDP2 gathers them there.
     """
-    recorder = _Recorder()
-    recorder.know(model, model)
+    recorder = _Recorder(model)
     hooks = [
-        module.register_forward_pre_hook(lambda module, _: recorder.know(model, module))
+        module.register_forward_pre_hook(lambda module, _: recorder.know(module))
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks, and keeps its parameters
     ]
@@ -108,25 +102,23 @@ def recorded_operations(model: nn.Module) -> Iterator[list[Operation]]:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation, with the tensors that go in and come out."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self._values: dict[View, Value] = {}
         self._views: dict[int, set[View]] = {}
         self._names_of: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._constants: dict[int, Tensor] = {}
-        self._paths: Mapping[int, list[str]] = {}
+        self._full_names = _full_names(model)
+        for buffer in model.buffers():
+            self._constants[storage_of(buffer)] = buffer
+        self.know(model)
 
-    def know(self, model: nn.Module, module: nn.Module) -> None:
-        """Take note of the parameters that a module has now, and at first of the whole model's."""
-        if module is model and not self._paths:
-            self._paths = _paths_of(model)
-            for buffer in model.buffers():
-                self._constants[storage_of(buffer)] = buffer
+    def know(self, module: nn.Module) -> None:
+        """Take note of the parameters that a module, and what is inside, has now."""
         for inner in module.modules():
             for attribute, parameter in inner.named_parameters(recurse=False, remove_duplicate=False):
-                paths = [f"{path}.{attribute}" if path else attribute for path in self._paths.get(id(inner), ())]
-                names = frozenset(clean_name(model, path) for path in paths)
+                names = self._full_names.get((id(inner), attribute), frozenset())
                 _, known = self._names_of.get(storage_of(parameter), (None, frozenset()))
                 self._names_of[storage_of(parameter)] = parameter, known | names
                 # What FSDP2 has gathered came from somewhere: it is the parameter all the same.
@@ -142,7 +134,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.overloadpacket.__name__.lstrip("_")
         arguments, options = tree_map(self._value_of, (tuple(args), dict(kwargs or {})))
         result = func(*args, **(kwargs or {}))
-        operation = Operation(name, func, arguments, options)
+        inputs = [one for one in tree_flatten((arguments, options))[0] if isinstance(one, Value)]
+        operation = Operation(name, func, arguments, options, inputs)
         self._add(operation, result)
         return result
 
@@ -153,8 +146,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_data = not is_drawn and any(one.is_data for one in inputs)
         outputs = [one for one in tree_flatten(result)[0] if isinstance(one, Tensor)]
         operation.outputs = [
-            Value(tensor, operation, index, frozenset() if is_data else parameters, is_data)
-            for index, tensor in enumerate(outputs)
+            Value(tensor, operation, frozenset() if is_data else parameters, is_data) for tensor in outputs
         ]
         self.operations.append(operation)
         for value in operation.outputs:
@@ -188,11 +180,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Value(tensor, is_data=storage not in self._constants)
 
 
-def _paths_of(model: nn.Module) -> dict[int, list[str]]:
-    paths: dict[int, list[str]] = {}
+def _full_names(model: nn.Module) -> dict[tuple[int, str], frozenset[str]]:
+    """Every name of each module's parameters, by the module and the name there."""
+    names: dict[tuple[int, str], frozenset[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    return paths
+        for attribute, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = clean_name(model, f"{path}.{attribute}" if path else attribute)
+            names[id(module), attribute] = names.get((id(module), attribute), frozenset()) | {name}
+    return names
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ def trace_call(model: nn.Module, call: Callable[[], object], *, outside: Sequenc
         first_line = next(iter(str(error).strip().splitlines()), "")
         return Trace(why_not=f"{type(error).__name__}: {first_line}")
     return trace_of(operations)
+
+
+def call_with(model: nn.Module, batch: object) -> object:
+    """Call a model with a batch: a tuple of its arguments, a mapping of keyword arguments, or its one argument."""
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ What lies between is the function that feeds the weight. A linear one asks for n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -95,9 +96,16 @@ class Trace:
 
     def feed_of(self, name: str) -> Feed:
         """What feeds a parameter: where it is used several times, the least linear of them."""
-        feeds = {use.feed for use in self.uses if name in use.parameters}
-        order: tuple[Feed, ...] = ("unknown", "nonlinear", "input", "linear")
-        return next((feed for feed in order if feed in feeds), "unknown")
+        return self._feeds.get(name, "unknown")
+
+    @functools.cached_property
+    def _feeds(self) -> dict[str, Feed]:
+        order: tuple[Feed, ...] = ("linear", "input", "nonlinear", "unknown")
+        feeds: dict[str, Feed] = {}
+        for use in self.uses:
+            for name in use.parameters:
+                feeds[name] = max(feeds.get(name, use.feed), use.feed, key=order.index)
+        return feeds
 
     def or_else(self, other: Trace) -> Trace:
         """This trace, or what another knows where this one has nothing; it still says why it has nothing."""
