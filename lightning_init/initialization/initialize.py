@@ -18,7 +18,7 @@ from lightning_init.checks import check_integer
 from lightning_init.distributed.ranks import is_first_rank
 from lightning_init.findings import Finding
 from lightning_init.initialization.advice import mostly_unknown
-from lightning_init.initialization.copies import find_copies, merge_sources, refresh
+from lightning_init.initialization.copies import Copies, find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
 from lightning_init.initialization.guard import (
@@ -186,8 +186,8 @@ def carry_out(
         prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta, trace)
         prepared, failure = _attempt(prepare, _Prepared([], []))
         to_draw = [task.assignment.site for task in prepared.tasks]
-        copies = find_copies(model, to_draw, holders)
-        copies = copies._replace(sources=merge_sources(gather_or_raise(copies.sources, failure)))
+        copies, copies_failure = _attempt(functools.partial(find_copies, model, to_draw, holders), Copies({}, {}))
+        copies = copies._replace(sources=merge_sources(gather_or_raise(copies.sources, failure or copies_failure)))
         measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
         totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
         _remember_authors(candidates)

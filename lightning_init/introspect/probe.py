@@ -43,12 +43,13 @@ def trace_call(model: nn.Module, call: Callable[[], object], *, outside: Sequenc
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return Trace(why_not="FSDP1 puts other tensors in the place of parameters")
     try:
-        with nothing_left_behind(model, outside), recorded_operations(model) as operations:
-            call()
+        with nothing_left_behind(model, outside):
+            with recorded_operations(model) as operations:
+                call()
+            return trace_of(operations)  # here too: operations that are replayed may draw random numbers
     except Exception as error:  # any code may stand here
         first_line = next(iter(str(error).strip().splitlines()), "")
         return Trace(why_not=f"{type(error).__name__}: {first_line}")
-    return trace_of(operations)
 
 
 def call_with(model: nn.Module, batch: object) -> object:

@@ -102,6 +102,12 @@ def test_advice_for_a_list_that_is_the_model_is_a_rule() -> None:
     assert drawn(model, rules=[Rule("0", Normal(0.1))])["0"].measured_std == pytest.approx(0.1, rel=0.7)
 
 
+def test_advice_for_a_name_that_no_code_can_write_is_a_rule() -> None:
+    model = Mixing()
+    model.named["a b"] = nn.Parameter(torch.randn(4, 4))
+    assert drawn(model)["named.a b"].advice == "Rule('named.a b', Normal(std))"
+
+
 def test_model_that_is_mostly_unknown_is_warned_about() -> None:
     model = nn.Sequential(Mixing(), nn.Linear(8, 8))
     with pytest.warns(UserWarning, match=r"only 5 % of the weights are of a known type and drawn(.|\n)*Mixing"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -140,3 +142,28 @@ def test_failed_rank_is_named_by_the_others() -> None:
     others, own = run_ranks(fail_on_rank_1, 2, timeout=60)
     assert own.startswith("ValueError: 2 parameters are on the meta device")
     assert others.startswith("RuntimeError: rank 1 could not initialise the model: ValueError: 2 parameters are on")
+
+
+class Refusing(dict[str, int]):
+    """Somebody's dictionary that does not say what it holds."""
+
+    def items(self) -> NoReturn:
+        raise ArithmeticError("not now")
+
+
+def fail_to_find_copies_on_rank_1() -> str:
+    model = nn.Linear(4, 4)
+    if dist.get_rank() == 1:
+        model.held = Refusing()
+    try:
+        initialize(model)
+    except (RuntimeError, ArithmeticError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_rank_that_cannot_look_for_copies_is_named_by_the_others() -> None:
+    """Nobody waits for it."""
+    others, own = run_ranks(fail_to_find_copies_on_rank_1, 2, timeout=60)
+    assert own == "ArithmeticError: not now"
+    assert others == "RuntimeError: rank 1 could not initialise the model: ArithmeticError: not now"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_init.introspect.probe import nothing_left_behind
+from lightning_init.introspect.probe import nothing_left_behind, trace_call
 
 
 class Restless(nn.Module):
@@ -102,6 +102,14 @@ def test_nothing_is_left_behind(fails: bool, capsys: pytest.CaptureFixture[str])
     assert model.seen is seen
     assert capsys.readouterr().out == ""
     assert model(rows).shape == (8, 4)
+
+
+def test_trace_leaves_random_states_where_operations_draw() -> None:
+    """They are called again to see whether they are linear."""
+    model, rows = nn.Sequential(nn.Linear(4, 4), nn.RReLU(), nn.Linear(4, 4)), torch.randn(8, 4)
+    before = torch.get_rng_state()
+    assert trace_call(model, lambda: model(rows)).feed_of("2.weight") == "nonlinear"
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_data_that_a_model_overwrites_are_put_back() -> None:
