@@ -1,4 +1,4 @@
-"""Does ``InitCallback`` ever make a model worse than its author left it? Trains a zoo of small models, with and without.
+"""Does ``InitCallback`` ever make a model worse than its author left it? A zoo of models, trained with it and without.
 
 Every model is trained as its author drew it and, from the same seeds and on the same batches in the same order, as
 ``InitCallback`` draws it. What counts is the mean training loss over the last tenth of the steps; beside it, in
@@ -24,8 +24,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -113,9 +112,11 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return (tuple(tensor[row] for tensor in self.data) for row in self.chosen)
 
-    def held_out(self) -> Batch:
-        """At most 512 samples that training never sees."""
-        return tuple(tensor[self.num_seen :][:512] for tensor in self.data)
+    def held_out(self) -> Iterator[Batch]:
+        """Batches of at most 512 samples that training never sees."""
+        size = self.chosen.shape[1]
+        unseen = [tensor[self.num_seen :][: max(size, 512)].split(size) for tensor in self.data]
+        return (batch for batch in zip(*unseen, strict=True) if len(batch[0]) == size)
 
 
 def train(job: Job) -> Outcome:
@@ -157,7 +158,8 @@ def held_out_loss(lesson: Lesson, batches: Batches) -> float:
     """After training, in evaluation mode. With gradients, for losses that are made of them."""
     lesson.eval()
     torch.manual_seed(0)
-    return float(lesson.case.loss(lesson.network, batches.held_out()).detach())
+    losses = [float(lesson.case.loss(lesson.network, batch).detach()) for batch in batches.held_out()]
+    return statistics.fmean(losses)
 
 
 @dataclass
@@ -177,9 +179,15 @@ class Arm:
         return statistics.variance(outcome.last for outcome in self.outcomes) if len(self.outcomes) > 1 else 0.0
 
     @property
+    def troubles(self) -> list[str]:
+        """What was refused or failed, and why, in a line each."""
+        said = [outcome.refusal or outcome.failure for outcome in self.outcomes]
+        return [" ".join(text.split())[:400] for text in said if text]
+
+    @property
     def text(self) -> str:
         """For the table."""
-        if any(outcome.failure or outcome.refusal for outcome in self.outcomes):
+        if self.troubles:
             return "–"
         held_out = statistics.fmean(outcome.held_out for outcome in self.outcomes)
         return f"{self.mean:.3g} ({held_out:.3g})"
@@ -208,19 +216,43 @@ def verdict(own: Arm, other: Arm) -> str:
     return "same" if abs(difference) <= limit else "worse" if difference > 0 else "better"
 
 
-Results = dict[str, dict[str, Arm]]
-"""By model and arm."""
+@dataclass
+class Page:
+    """The table, a row for each model as soon as it is trained, and what is said below it."""
+
+    schemes: Sequence[str]
+    verdicts: dict[str, list[str]] = field(default_factory=dict)
+    troubles: list[str] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        """The first two lines of the table."""
+        columns = ["model", "what its author did", OWN, *self.schemes]
+        return f"| {' | '.join(columns)} |\n|---|---|{'---:|' * (len(columns) - 2)}"
+
+    def row(self, case: Case, arms: Mapping[str, Arm]) -> str:
+        """A line of the table; what it says is counted."""
+        cells = [arms[OWN].text]
+        for scheme in self.schemes:
+            word = verdict(arms[OWN], arms[scheme])
+            self.verdicts.setdefault(scheme, []).append(word)
+            cells.append(f"{arms[scheme].text} {word if word in ('same', 'better') else f'**{word}**'}")
+        for name, arm in arms.items():
+            self.troubles += [f"- {case.name}, {name}: {trouble}" for trouble in arm.troubles[:1]]
+        return f"| {case.name} | {case.kind} | {' | '.join(cells)} |"
+
+    @property
+    def foot(self) -> str:
+        """How often each verdict was given, and why a training did not come about."""
+        lines = []
+        for scheme, words in self.verdicts.items():
+            counts = [f"{words.count(word)} {word}" for word in ("better", "same", "worse", "refused", "failed")]
+            lines += ["", f"`{scheme}`: {', '.join(counts)}; of {len(words)} models."]
+        return "\n".join([*lines, *([""] if self.troubles else []), *self.troubles])
 
 
-def train_all(jobs: Sequence[Job], workers: int) -> Results:
-    """Every job, on so many processes of one thread each; in this one if that is one."""
-    results: Results = defaultdict(lambda: defaultdict(Arm))
-    for job, outcome in zip(jobs, _outcomes(jobs, workers), strict=True):
-        results[job.case][job.arm].outcomes.append(outcome)
-    return results
-
-
-def _outcomes(jobs: Sequence[Job], workers: int) -> Iterator[Outcome]:
+def outcomes_of(jobs: Sequence[Job], workers: int) -> Generator[Outcome, None, None]:
+    """What comes of every job in turn, on so many processes of one thread each; in this one if that is one."""
     if workers == 1:
         prepare()
         yield from map(train, jobs)
@@ -237,39 +269,6 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", message=".*(does not have many workers|LeafSpec)")
 
 
-def as_markdown(cases: Iterable[Case], schemes: Sequence[str], results: Results) -> str:
-    """The table, a line that sums it up for each scheme, and why anything was refused or failed."""
-    lines = [
-        f"| model | what its author did | {OWN} | {' | '.join(schemes)} |",
-        "|---|---|" + "---:|" * (1 + len(schemes)),
-    ]
-    verdicts: dict[str, list[str]] = {scheme: [] for scheme in schemes}
-    notes = []
-    for case in cases:
-        arms = results[case.name]
-        cells = [arms[OWN].text]
-        for scheme in schemes:
-            word = verdict(arms[OWN], arms[scheme])
-            verdicts[scheme].append(word)
-            cells.append(f"{arms[scheme].text} {word if word in ('same', 'better') else f'**{word}**'}")
-        lines.append(f"| {case.name} | {case.kind} | {' | '.join(cells)} |")
-        notes += [f"- {case.name}, {arm}: {text}" for arm, text in _troubles(arms)]
-    for scheme, words in verdicts.items():
-        counts = ", ".join(f"{words.count(word)} {word}" for word in ("better", "same", "worse", "refused", "failed"))
-        lines += ["", f"`{scheme}`: {counts}; of {len(words)} models."]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
-
-
-def _troubles(arms: dict[str, Arm]) -> list[tuple[str, str]]:
-    """What was refused and what failed, by arm, in one line each."""
-    return [
-        (arm, " ".join((outcome.refusal or outcome.failure).split())[:400])
-        for arm, held in arms.items()
-        for outcome in held.outcomes[:1]
-        if outcome.refusal or outcome.failure
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train them all and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -283,28 +282,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = [case for case in CASES if fnmatch.fnmatchcase(case.name, asked.models)]
     if not cases:
         parser.error(f"no model is called {asked.models!r}; there are: {', '.join(case.name for case in CASES)}")
+    arms = (OWN, *asked.schemes)
     jobs = [
         Job(case.name, arm, seed, max(2, round(case.steps * asked.steps_scale)))
         for case in cases
+        for arm in arms
         for seed in range(asked.seeds)
-        for arm in (OWN, *asked.schemes)
     ]
     start = time.perf_counter()
-    table = as_markdown(cases, asked.schemes, train_all(jobs, asked.workers))
-    print(table)
+    page = Page(asked.schemes)
+    lines = [page.head]
+    print(page.head, flush=True)
+    with contextlib.closing(outcomes_of(jobs, asked.workers)) as outcomes:
+        for case in cases:
+            trained = {arm: Arm([next(outcomes) for _ in range(asked.seeds)]) for arm in arms}
+            lines.append(page.row(case, trained))
+            print(lines[-1], flush=True)
     seconds = time.perf_counter() - start
-    print(f"\n{len(jobs)} trainings in {seconds:.0f} s")
+    print(f"{page.foot}\n\n{len(jobs)} trainings in {seconds:.0f} s")
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
-        asked.out.write_text(f"{page_head(asked.seeds, len(jobs), seconds)}\n\n{table}\n")
+        asked.out.write_text("\n".join([page_head(asked.seeds, len(jobs), seconds), "", *lines, page.foot, ""]))
 
 
 def page_head(seeds: int, trainings: int, seconds: float) -> str:
     """What the table shows, when and where it was measured."""
-    return f"# Never worse than its author left it\n\n{__doc__}\n" + (
-        f"{datetime.date.today()}, {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__.split('+')[0]}, "
-        f"{seeds} seeds, {trainings} trainings in {seconds / 60:.0f} minutes."
-    )
+    machine = f"{os.cpu_count()} {platform.machine()} cores, torch {torch.__version__.partition('+')[0]}"
+    measured = f"{seeds} seeds, {trainings} trainings in {seconds / 60:.0f} minutes"
+    return f"# Never worse than its author left it\n\n{__doc__}\n{datetime.date.today()}, {machine}, {measured}."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the models learn from. Nothing is downloaded: scikit-learn's small data sets, two photographs, Python's manual."""
+"""What the models learn from. Nothing is downloaded: scikit-learn's small data sets, a photograph, Python's manual."""
 
 from __future__ import annotations
 
