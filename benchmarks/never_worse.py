@@ -194,16 +194,7 @@ class Arm:
 
 
 def verdict(own: Arm, other: Arm) -> str:
-    """``worse``, ``same`` or ``better`` than the author's own; ``refused`` or ``failed`` if any seed was.
-
-    >>> def arm(*losses): return Arm([Outcome(first=2.3, last=loss) for loss in losses])
-    >>> verdict(arm(0.50, 0.52, 0.48), arm(0.60, 0.62, 0.61))
-    'worse'
-    >>> verdict(arm(0.50, 0.52, 0.48), arm(0.54, 0.46, 0.50))
-    'same'
-    >>> verdict(arm(0.001, 0.001, 0.001), arm(0.003, 0.003, 0.003))  # both learned it
-    'same'
-    """
+    """``worse``, ``same`` or ``better`` than the author's own; ``refused`` or ``failed`` if any seed was."""
     outcomes = [*own.outcomes, *other.outcomes]
     if any(outcome.failure for outcome in outcomes):
         return "failed"

@@ -239,7 +239,8 @@ def t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     sizes: dict[str, Any] = {"vocab_size": data.WORDS, "d_model": WIDTH, "d_kv": 16, "d_ff": 128, "num_layers": 2}
-    return T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0))
+    start: dict[str, Any] = {"decoder_start_token_id": 0}  # every config takes it, none declares it
+    return T5ForConditionalGeneration(T5Config(**sizes, **start, num_heads=4, dropout_rate=0.0))
 
 
 def translation_loss(network: nn.Module, batch: Batch) -> Tensor:
