@@ -85,13 +85,6 @@ def large_images() -> Batch:
 
 
 @cache
-def rgb_images() -> Batch:
-    """Digits at four times the size, three channels."""
-    pixels, classes = images()
-    return torch.nn.functional.interpolate(pixels, scale_factor=4).expand(-1, 3, -1, -1).contiguous(), classes
-
-
-@cache
 def unlabelled() -> Batch:
     """Digits as rows of 64 pixels between 0 and 1."""
     return (torch.from_numpy(load_digits().data).float() / 16,)

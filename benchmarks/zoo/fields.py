@@ -110,7 +110,7 @@ class AdaptiveBlock(nn.Module):
 class DiT(nn.Module):
     """A diffusion transformer (Peebles & Xie 2023): Xavier, time's network N(0, .02), modulation and head 0."""
 
-    def __init__(self, width: int = 32, depth: int = 3) -> None:
+    def __init__(self, width: int = 32, depth: int = 2) -> None:
         super().__init__()
         self.patches, self.head = nn.Linear(4, width), nn.Linear(width, 4)
         self.positions = nn.Parameter(torch.empty(16, width).normal_(std=0.02))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def causal_mask(length: int) -> Tensor:
 class TiedByModule(nn.Module):
     """As in nanoGPT: words and learned positions are added, the head is the table, everything N(0, 0.02)."""
 
-    def __init__(self, width: int = WIDTH, depth: int = 3) -> None:
+    def __init__(self, width: int = WIDTH, depth: int = 2) -> None:
         super().__init__()
         self.words, self.positions = nn.Embedding(data.WORDS, width), nn.Embedding(TIME, width)
         layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
@@ -101,7 +102,7 @@ class Untouched(nn.Module):
 class ReZero(nn.Module):
     """Ten layers without norms, each behind a factor that starts at 0 (Bachlechner et al. 2020)."""
 
-    def __init__(self, width: int = WIDTH, depth: int = 10) -> None:
+    def __init__(self, width: int = WIDTH, depth: int = 8) -> None:
         super().__init__()
         self.words = nn.Embedding(data.WORDS, width)
         self.mixers = nn.ModuleList(nn.Conv1d(width, width, 4, padding=3) for _ in range(depth))
@@ -177,7 +178,7 @@ def negative_sampling_loss(network: nn.Module, batch: Batch) -> Tensor:
 SIZES: dict[str, Any] = {
     "vocab_size": data.WORDS + 1,
     "hidden_size": WIDTH,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": TIME + 1,
 }
@@ -189,7 +190,7 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     dropout: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes: dict[str, Any] = {"vocab_size": data.WORDS, "n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": TIME}
+    sizes: dict[str, Any] = {"vocab_size": data.WORDS, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": TIME}
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **MARKS))
 
 
@@ -249,31 +250,34 @@ def translation_loss(network: nn.Module, batch: Batch) -> Tensor:
     return network(input_ids=words, labels=labels).loss
 
 
-def hugging_face(name: str, kind: str, build: Any, **settings: Any) -> Case:
-    """A model of transformers that predicts the next word."""
-    return Case(name, kind, build, data.text, next_word_loss, batch_size=16, **settings)
+def text_case(
+    name: str,
+    kind: str,
+    build: Callable[[], nn.Module],
+    source: Callable[[], Batch] = data.text,
+    loss: Callable[[nn.Module, Batch], Tensor] = next_word_loss,
+    **settings: Any,
+) -> Case:
+    """A model that reads eight lines a step; it predicts the next word unless another loss is given."""
+    return Case(name, kind, build, source, loss, **{"steps": 150, "batch_size": 8, **settings})
 
 
 CASES = [
-    hugging_face("GPT-2", "all N(0, .02), residual writers smaller, tied", gpt2),
-    hugging_face("OPT", "all N(0, .02), tied, learned positions", opt),
-    hugging_face("Llama", "all N(0, .02), RMS norms", llama),
-    hugging_face("Gemma", "all N(0, .02), tied, table × √width, norms around 0", gemma),
-    hugging_face("Mixtral", "all N(0, .02), routed experts", mixtral),
-    hugging_face("Mamba", "time steps and decay set", mamba, steps=150),
-    Case("BERT", "all N(0, .02), tied, three tables added", bert, data.masked_text, classes_loss, batch_size=16),
-    Case("T5", "scales by fan, tied, no biases", t5, data.reversed_text, translation_loss, batch_size=16, steps=150),
-    Case("LM tied by module", "all N(0, .02), residual writers smaller, tied", TiedByModule, data.text, next_word_loss,
-         batch_size=16),
-    Case("LM tied by F.linear", "tables 1/√width, else PyTorch's", TiedByFunction, data.text, next_word_loss,
-         batch_size=16),
-    Case("LM of the tutorial", "table and head uniform ±.1, else PyTorch's", Tutorial, data.text, next_word_loss,
-         batch_size=16),
-    Case("LM untouched", "PyTorch's", Untouched, data.text, next_word_loss, batch_size=16),
-    Case("ReZero", "factors 0, else PyTorch's", ReZero, data.text, next_word_loss, batch_size=16),
-    Case("LSTM LM", "table uniform ±.1, tied, else PyTorch's", RecurrentLanguageModel, data.text, next_word_loss,
-         batch_size=16, learning_rate=3e-3),
-    Case("WaveNet", "PyTorch's", WaveNet, data.text, next_word_loss, batch_size=16),
-    Case("word2vec", "words uniform ±1/(2 width), contexts 0", Word2Vec, data.skip_grams, negative_sampling_loss,
-         learning_rate=5e-3, batch_size=128),
+    text_case("GPT-2", "all N(0, .02), residual writers smaller, tied", gpt2),
+    text_case("OPT", "all N(0, .02), tied, learned positions", opt),
+    text_case("Llama", "all N(0, .02), RMS norms", llama),
+    text_case("Gemma", "all N(0, .02), tied, table × √width, norms around 0", gemma),
+    text_case("Mixtral", "all N(0, .02), routed experts", mixtral),
+    text_case("Mamba", "time steps and decay set", mamba, steps=100),
+    text_case("BERT", "all N(0, .02), tied, three tables added", bert, data.masked_text, classes_loss),
+    text_case("T5", "scales by fan, tied, no biases", t5, data.reversed_text, translation_loss, steps=100),
+    text_case("LM tied by module", "all N(0, .02), residual writers smaller, tied", TiedByModule),
+    text_case("LM tied by F.linear", "tables 1/√width, else PyTorch's", TiedByFunction),
+    text_case("LM of the tutorial", "table and head uniform ±.1, else PyTorch's", Tutorial),
+    text_case("LM untouched", "PyTorch's", Untouched),
+    text_case("ReZero", "factors 0, else PyTorch's", ReZero),
+    text_case("LSTM LM", "table uniform ±.1, tied, else PyTorch's", RecurrentLanguageModel, learning_rate=3e-3),
+    text_case("WaveNet", "PyTorch's", WaveNet),
+    text_case("word2vec", "words uniform ±1/(2 width), contexts 0", Word2Vec, data.skip_grams, negative_sampling_loss,
+              learning_rate=5e-3, batch_size=128, steps=200),
 ]  # fmt: skip

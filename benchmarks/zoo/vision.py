@@ -22,7 +22,7 @@ def pooled_head(width: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)]
 
 
-def plain_conv_net(width: int = 24, depth: int = 6) -> nn.Module:
+def plain_conv_net(width: int = 16, depth: int = 6) -> nn.Module:
     """3×3 convolutions and ReLU, no norm."""
     channels = [1, *[width] * depth]
     pairs = itertools.pairwise(channels)
@@ -148,7 +148,7 @@ class ConvNeXtBlock(nn.Module):
         return image + x.permute(0, 3, 1, 2)
 
 
-def convnext(width: int = 16, depth: int = 3) -> nn.Module:
+def convnext(width: int = 16, depth: int = 2) -> nn.Module:
     """All N(0, .02) cut at ±2, biases 0."""
     blocks = [ConvNeXtBlock(width) for _ in range(depth)]
     model = nn.Sequential(nn.Conv2d(1, width, 2, 2), *blocks, nn.GroupNorm(1, width), *pooled_head(width))
@@ -419,7 +419,7 @@ def vit() -> nn.Module:
 
     sizes: dict[str, Any] = {
         "hidden_size": 32,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 64,
     }
@@ -441,29 +441,34 @@ def swin() -> nn.Module:
     return SwinForImageClassification(SwinConfig(**sizes, **images, depths=[2, 1], num_heads=[2, 4]))
 
 
+on_images = partial(Case, data=data.images, loss=classes_loss, batch_size=16)
+on_rows = partial(Case, data=data.rows, loss=classes_loss)
+on_sequences = partial(Case, data=data.sequences, loss=classes_loss)
+
 CASES = [
-    Case("ViT", "all N(0, .02) cut at ±2, class token and positions too", vit, data.images, classes_loss),
-    Case("Swin", "all N(0, .02), bias tables 0", swin, data.large_images, classes_loss, steps=120),
-    Case("conv net, plain", "PyTorch's", plain_conv_net, data.images, classes_loss),
-    Case("conv net, batch norm", "PyTorch's", normed_conv_net, data.images, classes_loss),
-    Case("ResNet, zero-γ", "He by fan_out, last norms 0", resnet, data.images, classes_loss),
-    Case("ResNet, Fixup", "last layers and head 0, first ones smaller, no norm", fixup_net, data.images, classes_loss),
-    Case("ResNet, no norm", "PyTorch's", unnormed_resnet, data.images, classes_loss),
-    Case("MobileNet", "He by fan_out, head N(0, .01)", mobilenet, data.images, classes_loss),
-    Case("ConvNeXt", "all N(0, .02) cut at ±2, LayerScale 10⁻⁶", convnext, data.images, classes_loss),
-    Case("equalised learning rate", "N(0, 1), scaled when used", equalised_net, data.images, classes_loss),
-    Case("weight norm", "PyTorch's", weight_normed_net, data.images, classes_loss),
-    Case("U-Net", "PyTorch's", UNet, data.noisy_images, ink_loss),
-    Case("detector", "tower and head N(0, .01), prior of 1 %", detector, data.scenes, focal_loss, steps=300),
-    Case("spatial transformer", "last layer 0, its bias the identity", SpatialTransformer, data.turned_images,
-         classes_loss),
-    Case("MLP 20 layers", "PyTorch's", deep_mlp, data.rows, classes_loss),
-    Case("MLP SELU", "LeCun's normal", selu_net, data.rows, classes_loss),
-    Case("MLP tanh", "Xavier", tanh_mlp, data.rows, classes_loss),
-    Case("Highway", "gates' biases −2, else PyTorch's", Highway, data.rows, classes_loss),
-    Case("gMLP", "gates near 0, their biases 1", GatedMLP, data.sequences, classes_loss),
-    Case("LSTM", "PyTorch's", partial(RecurrentClassifier, nn.LSTM), data.sequences, classes_loss),
-    Case("GRU, 2 layers", "PyTorch's", partial(RecurrentClassifier, nn.GRU, depth=2), data.sequences, classes_loss),
+    on_images("ViT", "all N(0, .02) cut at ±2, class token and positions too", vit),
+    on_images("Swin", "all N(0, .02), bias tables 0", swin, data=data.large_images, steps=100),
+    on_images("conv net, plain", "PyTorch's", plain_conv_net),
+    on_images("conv net, batch norm", "PyTorch's", normed_conv_net),
+    on_images("ResNet, zero-γ", "He by fan_out, last norms 0", resnet),
+    on_images("ResNet, Fixup", "last layers and head 0, first ones smaller, no norm", fixup_net),
+    on_images("ResNet, no norm", "PyTorch's", unnormed_resnet),
+    on_images("MobileNet", "He by fan_out, head N(0, .01)", mobilenet),
+    on_images("ConvNeXt", "all N(0, .02) cut at ±2, LayerScale 10⁻⁶", convnext),
+    on_images("equalised learning rate", "N(0, 1), scaled when used", equalised_net),
+    on_images("weight norm", "PyTorch's", weight_normed_net),
+    on_images("U-Net", "PyTorch's", UNet, data=data.noisy_images, loss=ink_loss, steps=100),
+    on_images("detector", "tower and head N(0, .01), prior of 1 %", detector, data=data.scenes, loss=focal_loss,
+              steps=300),
+    on_images("spatial transformer", "last layer 0, its bias the identity", SpatialTransformer,
+              data=data.turned_images, batch_size=32),
+    on_rows("MLP 20 layers", "PyTorch's", deep_mlp),
+    on_rows("MLP SELU", "LeCun's normal", selu_net),
+    on_rows("MLP tanh", "Xavier", tanh_mlp),
+    on_rows("Highway", "gates' biases −2, else PyTorch's", Highway),
+    on_sequences("gMLP", "gates near 0, their biases 1", GatedMLP),
+    on_sequences("LSTM", "PyTorch's", partial(RecurrentClassifier, nn.LSTM)),
+    on_sequences("GRU, 2 layers", "PyTorch's", partial(RecurrentClassifier, nn.GRU, depth=2)),
     Case("two towers", "projections N(0, 1/width), temperature .07", TwoTowers, data.halves, matching_loss),
-    Case("LoRA", "trained body frozen, up 0", adapted, data.rows, upside_down_loss, learning_rate=3e-3),
+    on_rows("LoRA", "trained body frozen, up 0", adapted, loss=upside_down_loss, learning_rate=3e-3),
 ]  # fmt: skip
