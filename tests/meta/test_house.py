@@ -125,6 +125,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_reset_parameters": "multi-head attention's own reset",
         "_version": "tells memory that nothing was written to",
     },
+    "initialization/training_signs.py": {"_version": "tells how often a parameter was written to"},
     "initialization/write.py": {"_SpectralNorm": "the class that spectral_norm registers has no public name"},
     "introspect/names.py": {
         "_checkpoint_wrapped_module": "activation checkpointing's wrapper",
