@@ -24,7 +24,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.zoo.case import Batch, Case
 from benchmarks.zoo.cases import CASES
@@ -45,6 +46,9 @@ SIGNIFICANT = 3
 
 NOTEWORTHY = 0.02
 """Share of the author's loss below which a difference does not matter, however certain it is."""
+
+SEEN = 80
+"""Per cent of the data that training sees."""
 
 RESOLVED = 1e-3
 """Share of the loss before training below which two losses are both nothing."""
@@ -97,26 +101,19 @@ class Lesson(LightningModule):
         return self.case.optimizer(trained, lr=self.case.learning_rate)
 
 
-class Batches:
-    """The same batches in the same order for every arm; the last fifth of the data is not among them."""
+def batches_for(case: Case, steps: int, seed: int) -> DataLoader[Batch]:
+    """The same batches in the same order for every arm, from a loader that the callback can look into."""
+    seen = len(case.data()[0]) * SEEN // 100
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(seen, (steps, case.batch_size), generator=generator)
+    return DataLoader(TensorDataset(*case.data()), batch_size=None, sampler=list(chosen))
 
-    def __init__(self, case: Case, steps: int, seed: int) -> None:
-        self.data = case.data()
-        self.num_seen = len(self.data[0]) * 4 // 5
-        generator = torch.Generator().manual_seed(seed)
-        self.chosen = torch.randint(self.num_seen, (steps, case.batch_size), generator=generator)
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return (tuple(tensor[row] for tensor in self.data) for row in self.chosen)
-
-    def held_out(self) -> Iterator[Batch]:
-        """Batches of at most 512 samples that training never sees."""
-        size = self.chosen.shape[1]
-        unseen = [tensor[self.num_seen :][: max(size, 512)].split(size) for tensor in self.data]
-        return (batch for batch in zip(*unseen, strict=True) if len(batch[0]) == size)
+def held_out_batches(case: Case) -> list[Batch]:
+    """Batches of the samples that training never sees, of 512 samples at most or else one."""
+    unseen = [tensor[len(tensor) * SEEN // 100 :][: max(case.batch_size, 512)] for tensor in case.data()]
+    batches = list(zip(*(tensor.split(case.batch_size) for tensor in unseen), strict=True))
+    return batches[: max(1, len(unseen[0]) // case.batch_size)]  # what is left over is no whole batch
 
 
 def train(job: Job) -> Outcome:
@@ -124,12 +121,11 @@ def train(job: Job) -> Outcome:
     case = next(case for case in CASES if case.name == job.case)
     torch.manual_seed(job.seed)
     lesson = Lesson(case.build(), case)
-    batches = Batches(case, job.steps, job.seed)
     callback = None if job.arm == OWN else InitCallback(job.arm, seed=job.seed)
     torch.manual_seed(job.seed)  # noise that a loss adds is the same for every arm
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the callback's report
-            trainer_for(callback).fit(lesson, batches)
+            trainer_for(callback).fit(lesson, batches_for(case, job.steps, job.seed))
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         is_refused = callback is not None and callback.report is None and isinstance(error, (TypeError, ValueError))
@@ -137,7 +133,7 @@ def train(job: Job) -> Outcome:
     losses = [float(loss) for loss in lesson.losses]
     last = statistics.fmean(losses[-max(1, len(losses) // 10) :])
     failure = "" if math.isfinite(last) else f"the loss is {last}"
-    return Outcome(losses[0], last, held_out_loss(lesson, batches), failure=failure)
+    return Outcome(losses[0], last, held_out_loss(lesson), failure=failure)
 
 
 def trainer_for(callback: InitCallback | None) -> Trainer:
@@ -154,11 +150,11 @@ def trainer_for(callback: InitCallback | None) -> Trainer:
     )
 
 
-def held_out_loss(lesson: Lesson, batches: Batches) -> float:
+def held_out_loss(lesson: Lesson) -> float:
     """After training, in evaluation mode. With gradients, for losses that are made of them."""
     lesson.eval()
     torch.manual_seed(0)
-    losses = [float(lesson.case.loss(lesson.network, batch).detach()) for batch in batches.held_out()]
+    losses = [float(lesson.case.loss(lesson.network, batch).detach()) for batch in held_out_batches(lesson.case)]
     return statistics.fmean(losses)
 
 
