@@ -68,3 +68,62 @@ def test_init_speed_prints_its_table() -> None:
     (printed,) = run_ranks(printed_by_init_speed, 1)
     assert printed.count("nn.init") == 4
     assert "peak extra memory" in printed
+
+
+def printed_by_never_worse(page: Path) -> str:
+    from benchmarks import never_worse
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        never_worse.main(
+            ["--models", "linear*", "--seeds", "2", "--steps-scale", "0.02", "--workers", "1", "--out", str(page)]
+        )
+    return printed.getvalue()
+
+
+def test_never_worse_prints_a_row_for_each_model_and_writes_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "page.md"
+    (printed,) = run_ranks(printed_by_never_worse, 1, page)
+    (row,) = [line for line in printed.splitlines() if line.startswith("| linear regression |")]
+    cell = r"\d\S* \(\d\S*\)"
+    assert re.fullmatch(
+        rf"\| linear regression \| PyTorch's \| {cell} \|( {cell} (same|better|\*\*worse\*\*) \|)+", row
+    )
+    assert re.search(r"^`he_normal`: .* of 1 models\.$", printed, re.MULTILINE)
+    assert row in page.read_text()
+
+
+def every_model_learns() -> dict[str, str]:
+    """What goes wrong in two steps of each model of the zoo as its author left it, and in a scheme's first weights."""
+    from benchmarks import never_worse
+
+    never_worse.prepare()
+    troubles = {}
+    for case in never_worse.CASES:
+        outcome = never_worse.train(never_worse.Job(case.name, never_worse.OWN, 0, 2))
+        if outcome.failure or outcome.refusal:
+            troubles[case.name] = outcome.failure or outcome.refusal
+    return troubles
+
+
+@pytest.mark.slow
+def test_never_worse_trains_every_model_of_the_zoo() -> None:
+    assert run_ranks(every_model_learns, 1) == [{}]
+
+
+def verdicts_of_a_model_that_is_refused_and_one_that_fails() -> list[str]:
+    from benchmarks.never_worse import Arm, Outcome, verdict
+
+    own = Arm([Outcome(first=2.0, last=loss) for loss in (0.50, 0.52, 0.48)])
+    others = [
+        [Outcome(first=2.0, last=loss) for loss in (0.60, 0.62, 0.61)],
+        [Outcome(first=2.0, last=loss) for loss in (0.30, 0.32, 0.31)],
+        [Outcome(first=2.0, last=loss) for loss in (0.30, 0.70, 0.62)],  # worse on average, but by chance
+        [Outcome(first=2.0, last=0.3), Outcome(first=2.0, last=0.3), Outcome(refusal="ValueError: trained")],
+        [Outcome(first=2.0, last=0.3), Outcome(first=2.0, last=0.3), Outcome(failure="the loss is nan")],
+    ]
+    return [verdict(own, Arm(outcomes)) for outcomes in others]
+
+
+def test_never_worse_tells_a_difference_from_chance() -> None:
+    expected = ["worse", "better", "same", "refused", "failed"]
+    assert run_ranks(verdicts_of_a_model_that_is_refused_and_one_that_fails, 1) == [expected]
