@@ -18,6 +18,7 @@ from lightning_init.checks import check_integer
 from lightning_init.distributed.ranks import is_first_rank
 from lightning_init.findings import Finding
 from lightning_init.initialization.advice import mostly_unknown
+from lightning_init.initialization.choice import BESIDE_TABLE
 from lightning_init.initialization.copies import Copies, find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
@@ -28,7 +29,7 @@ from lightning_init.initialization.guard import (
     refuse_trained,
     refuse_uninitialised,
 )
-from lightning_init.initialization.plan import Assignment, decide, heads_among
+from lightning_init.initialization.plan import Assignment, decide
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.report import Entry, InitReport, listed
 from lightning_init.initialization.rules import Request, Rule
@@ -44,6 +45,7 @@ from lightning_init.initialization.survey import (
 )
 from lightning_init.initialization.training_signs import is_as_reset, signs_of_training
 from lightning_init.initialization.verify import agree, gather_or_raise
+from lightning_init.initialization.whole_model import heads_among
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 from lightning_init.introspect.module_order import trace_of_order
 from lightning_init.introspect.probe import call_with, trace_call
@@ -136,7 +138,7 @@ def _look_at(model: nn.Module, batch: object) -> Callable[[], Trace] | None:
 
 def _trace(model: nn.Module, request: Request, look: Callable[[], Trace] | None) -> Trace:
     """What feeds the weights, where that matters: by one call, or else by the order of modules."""
-    if not request.asks_what_feeds:
+    if not request.asks_for_trace:
         return Trace()
     called = look() if look is not None else Trace()
     return called.or_else(trace_of_order(model))
@@ -204,16 +206,18 @@ def carry_out(
 
 
 def _notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[str]) -> list[str]:
-    """Which weights got no gain for want of a nonlinearity, and which give the model's outputs."""
+    """Which weights got another gain than the scheme's for their place in the model, and which give its outputs."""
     drawn = [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
     without = [
         one.name
         for one in drawn
         if one.decided_by != "head" and one.gain == 1.0 and trace.feed_of(one.name) == "linear"
     ]
+    beside = [one.name for one in drawn if one.decided_by == BESIDE_TABLE]
     likely = [one.name for one in drawn if one.name in heads and one.decided_by != "head"]
     notes = [f"nothing nonlinear feeds them, so their gain is 1: {listed(without)}"] if without else []
     notes += [f"output layers, which head='zeros' would start at 0: {listed(likely)}"] if likely and without else []
+    notes += [f"added to the rows of a lookup table, so they get its scale: {listed(beside)}"] if beside else []
     return notes + ([f"what feeds the weights could not be seen: {trace.why_not}"] if trace.why_not else [])
 
 

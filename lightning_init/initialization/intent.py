@@ -4,46 +4,19 @@ A value is the author's purpose where the module type's own reset could not have
 
 - a constant other than the reset's: a zeroed last layer, a zero-γ, a prior in a bias, a temperature of 20;
 - a structure: identity, grid, sinusoids, repeated kernels, an orthogonal matrix; or a mean that is not 0;
-- a scale far from that of the model's other weights: a policy's last layer, Fourier features.
+- a scale that neither a usual formula nor the model's other weights have: a policy's last layer, Fourier features.
 
 A lookup table keeps the scale it has. Everything else is a random draw around zero, and is drawn again.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from lightning_init.initialization.evidence import SIGMAS, Evidence
+from lightning_init.initialization.evidence import Evidence, Held
+from lightning_init.initialization.scales import scales_of_their_own
 from lightning_init.introspect.role import Role
 from lightning_init.schemes.distributions import Constant, Distribution, Uniform
-
-FAR_SCALE = 10
-"""A weight whose std·√fan_in is that many times smaller or larger than the model's median has its scale on purpose."""
-
-MOST_ROUNDING = 0.02
-"""Relative difference of a small table's scale from the round number it is read as, at most."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """A parameter that is about to be drawn, and what it holds.
-
-    Attributes:
-        name: full name of what the forward pass reads.
-        role: what the parameter is to its module; None where that is not known.
-        evidence: None where there is nothing to read.
-        is_table: a lookup table, whose scale is kept anyway.
-        has_reset: its module draws its parameters by a method of its own, as PyTorch's do.
-    """
-
-    name: str
-    role: Role | None
-    evidence: Evidence | None
-    is_table: bool = False
-    has_reset: bool = True
 
 
 def purposes_of(held: Iterable[Held], *, constants_only: bool = False) -> dict[str, str]:
@@ -59,13 +32,15 @@ def purposes_of(held: Iterable[Held], *, constants_only: bool = False) -> dict[s
     {'gate.weight': 'constant 0'}
     """
     parameters = [one for one in held if one.role is not None and one.evidence is not None]
-    usual = _usual_scale(parameters)
+    own_scales = scales_of_their_own(parameters)
     owners_as_drawn = {_owner(one) for one in parameters if _is_weight_of_its_module(one)}
     purposes = {}
     for one in parameters:
         if one.role is None or one.evidence is None or (constants_only and one.evidence.constants is None):
             continue
-        purpose = _purpose(one.role, one.evidence, None if one.is_table else usual)
+        purpose = _purpose(one.role, one.evidence)
+        if not purpose and one.name in own_scales:
+            purpose = f"a scale of its own, {own_scales[one.name]:.1g} times the usual one"
         if not purpose and _is_prior(one, owners_as_drawn):
             purpose = "not what its module drew, beside a weight that is"
         if purpose:
@@ -73,14 +48,14 @@ def purposes_of(held: Iterable[Held], *, constants_only: bool = False) -> dict[s
     return purposes
 
 
-def _purpose(role: Role, evidence: Evidence, usual_scale: float | None) -> str:
+def _purpose(role: Role, evidence: Evidence) -> str:
     """What tells that a value was set on purpose; "" if a reset, or a draw around zero, can have left it."""
     if not evidence.is_finite or role.kind == "keep":
         return ""
     constants = evidence.constants
     if constants is not None:
         left_by_reset = isinstance(role.default, Constant) and set(constants) == {role.default.value}
-        is_one_number = evidence.count < 2 and not isinstance(role.default, Constant)
+        is_one_number = evidence.count == 1 and not isinstance(role.default, Constant)
         return "" if left_by_reset or is_one_number else f"constant {' and '.join(_distinct(constants))}"
     if role.kind in ("norm", "other"):
         return ""
@@ -90,10 +65,6 @@ def _purpose(role: Role, evidence: Evidence, usual_scale: float | None) -> str:
         return "structured values"
     if evidence.mean_is_off:
         return f"values around {evidence.total / evidence.count:.3g}"
-    if role.kind == "weight" and role.fans is not None and usual_scale:
-        ratio = evidence.rms * math.sqrt(role.fans.fan_in) / usual_scale
-        if not 1 / FAR_SCALE < ratio < FAR_SCALE:
-            return f"a scale of its own, {ratio:.1g} times the usual one"
     return ""
 
 
@@ -124,49 +95,8 @@ def _is_within(evidence: Evidence, default: Distribution) -> bool:
     return default.low * slack <= min(evidence.ends) and max(evidence.ends) <= default.high * slack
 
 
-def _usual_scale(parameters: Iterable[Held]) -> float | None:
-    """Median of std·√fan_in over the weights that hold a random draw."""
-    scales = [
-        one.evidence.rms * math.sqrt(one.role.fans.fan_in)
-        for one in parameters
-        if one.role is not None
-        and one.role.kind == "weight"
-        and not one.is_table
-        and one.role.fans is not None
-        and one.evidence is not None
-        and one.evidence.is_finite
-        and one.evidence.constants is None
-    ]
-    return statistics.median(scales) if len(scales) > 2 else None
-
-
 def _distinct(numbers: Iterable[float]) -> list[str]:
     return list(dict.fromkeys(f"{number:g}" for number in numbers))
-
-
-def scale_of_table(role: Role, evidence: Evidence | None, width: int) -> float:
-    """The std at which a lookup table is drawn again: its author's, as a number that every draw of it would give.
-
-    A measured std differs from the one that was meant by chance, and in its last digits by the order of summation. So
-    the first of these is taken that lies within five standard errors: the module's own; 1/√width; the nearest of
-    1/√(a power of two) and numbers of one digit. Else it is rounded to as few digits as change it by less than 2 %.
-
-    Args:
-        role: whose default is what the module itself draws.
-        evidence: what the table holds; None: the module's own scale.
-        width: length of one row.
-    """
-    own = role.default.target_std
-    if evidence is None or not evidence.is_finite or not evidence.count or not evidence.rms:
-        return own
-    measured, error = evidence.rms, SIGMAS / math.sqrt(2 * evidence.count)
-    usual = [*(1 / math.sqrt(2**power) for power in range(30)), float(f"{measured:.1g}")]
-    nearest = min(usual, key=lambda std: abs(math.log(measured / std)))
-    for std in (own, 1 / math.sqrt(width), nearest):
-        if abs(measured / std - 1) <= error:
-            return std
-    rounded = [float(f"{measured:.{digits}g}") for digits in range(2, 5)]
-    return next((std for std in rounded if abs(measured / std - 1) <= min(error, MOST_ROUNDING)), rounded[-1])
 
 
 def uninitialised_among(modules: Iterable[list[Held]]) -> set[str]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import nn
 
-from lightning_init.initialization.advice import class_names, registration
+from lightning_init.initialization.advice import registration
+from lightning_init.initialization.choice import choose
 from lightning_init.initialization.evidence import Evidence
 from lightning_init.initialization.intent import purposes_of
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.rules import Request
 from lightning_init.initialization.survey import Candidate, held_by, survey, with_empty_memory_marked
+from lightning_init.initialization.whole_model import WholeModel, as_code
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.sites import (
     ParameterSite,
@@ -21,10 +22,10 @@ from lightning_init.introspect.sites import (
     parametrizations_of,
 )
 from lightning_init.introspect.trace import Trace
-from lightning_init.schemes.distributions import Constant, Normal
+from lightning_init.schemes.distributions import Constant
 from lightning_init.schemes.fans import Fans
-from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
-from lightning_init.schemes.scheme import Initializer, Scheme
+from lightning_init.schemes.named import name_of
+from lightning_init.schemes.scheme import Initializer
 
 _NO_TRACE = Trace()
 
@@ -102,78 +103,13 @@ def decide(
         trace: what feeds the weights, as far as that is known.
     """
     purposes = purposes_of(map(held_by, candidates), constants_only=was_trained)
-    names = class_names(candidate.site for candidate in candidates)
-    heads = heads_among(candidates, trace)
-    if request.head is not None and not heads:
-        raise ValueError(_no_heads(request.head, trace))
-    model = _Model(_widths_of_tied_tables(candidates), _speak_of_weights(candidates), trace, heads, names)
+    model = WholeModel.of(candidates, request, trace)
     return [
         _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
 
 
-def heads_among(candidates: Iterable[Candidate], trace: Trace) -> frozenset[str]:
-    """Names of the weights that give the model's outputs, without lookup tables and what is not drawn anyway."""
-    outputs = set(trace.heads)
-    return frozenset(
-        one.site.stored_fqn
-        for one in candidates
-        if one.site.stored_fqn in outputs and one.why_left is None and not one.is_table
-        if one.role is not None and one.role.kind == "weight"
-    )
-
-
-def _no_heads(head: Scheme, trace: Trace) -> str:
-    why = f" ({trace.why_not})" if trace.why_not else ""
-    return (
-        f"head={_as_code(head)} found no output layer to draw{why}: only one batch through the model shows which they "
-        f"are. Name them instead: Rule('head.weight', {_as_code(head)})"
-    )
-
-
-class _Model(NamedTuple):
-    """What a decision about one parameter needs to know of all of them.
-
-    Attributes:
-        tied_widths: see :func:`_widths_of_tied_tables`.
-        rules_of_weights: patterns, see :func:`_speak_of_weights`.
-        trace: what feeds the weights.
-        heads: names of the weights that give the model's outputs, and are no lookup tables.
-        class_names: what to call the classes of its modules.
-    """
-
-    tied_widths: set[int]
-    rules_of_weights: set[str]
-    trace: Trace
-    heads: frozenset[str]
-    class_names: Mapping[type, str]
-
-
-def _speak_of_weights(candidates: Iterable[Candidate]) -> set[str]:
-    """The globs that match a weight or a lookup table: they do not mean the biases and norms beside it."""
-    return {
-        candidate.rule.pattern
-        for candidate in candidates
-        if candidate.rule is not None
-        and candidate.rule.is_glob
-        and candidate.role is not None
-        and candidate.role.kind in ("weight", "embedding")
-    }
-
-
-def _widths_of_tied_tables(candidates: Iterable[Candidate]) -> set[int]:
-    """Row lengths of the tables that are output layers too and hold the module's own draw, N(0, 1).
-
-    They get 1/√width, and so does every other such table of that width: what is added to each other needs one scale.
-    """
-    return {
-        candidate.site.parameter.shape[-1]
-        for candidate in candidates
-        if candidate.why_left is None and candidate.is_tied_head and candidate.authors_scale == 1.0
-    }
-
-
-def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model) -> Assignment:
+def _assign(candidate: Candidate, request: Request, purpose: str, model: WholeModel) -> Assignment:
     """Decide for one parameter; the reasons to leave it alone come first."""
     site, role, rule = candidate.site, candidate.role, candidate.rule
     kind, pattern = model.class_names[module_class(site.module)], rule.pattern if rule else ""
@@ -181,7 +117,7 @@ def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model)
         left, reason = candidate.why_left
         advice = registration(site, model.class_names) if left is Reason.TYPE_UNKNOWN else ""
         return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
-    scheme, decided_by, gain = _choose(candidate, request, model)
+    scheme, decided_by, gain = choose(candidate, request, model)
     initializer = scheme.resolve(role, gain)
     if not isinstance(initializer, Initializer):
         raise TypeError(
@@ -202,16 +138,10 @@ def _assign(candidate: Candidate, request: Request, purpose: str, model: _Model)
         and not _is_what_it_holds(initializers, candidate.evidence)
         and not _is_asked_for(candidate, request)
     ):
-        reason, advice = f"set by its author: {purpose}", f"Rule({site.stored_fqn!r}, {_as_code(scheme)})"
+        reason, advice = f"set by its author: {purpose}", f"Rule({site.stored_fqn!r}, {as_code(scheme)})"
         left = Reason.SET_BY_AUTHOR
         return Assignment(site, kind, pattern, role=role, left=left, reason=reason, advice=advice)
     return Assignment(site, kind, decided_by, initializers, text, gain, role)
-
-
-def _as_code(scheme: Scheme) -> str:
-    """A scheme as one writes it in Python."""
-    name = name_of(scheme)
-    return repr(name) if name in SCHEMES else name
 
 
 def _is_what_it_holds(initializers: Sequence[Initializer], evidence: Evidence | None) -> bool:
@@ -230,56 +160,3 @@ def _through(site: ParameterSite) -> str:
     """Which parametrizations the values go through, so that nobody expects to measure what was drawn."""
     steps = parametrizations_of(site) or ()
     return "".join(f" through {type(step).__name__.lstrip('_')}" for step in steps)
-
-
-def _choose(candidate: Candidate, request: Request, model: _Model) -> tuple[Scheme, str, float]:
-    """The scheme, what decided for it, and the gain."""
-    site, role, rule = candidate.site, candidate.role, candidate.rule
-    scheme = scheme_of(rule.scheme) if rule else request.scheme
-    gain = rule.gain if rule else request.gain
-    gain = scheme.gain if gain is None else gain
-    by = rule.pattern if rule else "scheme"
-    means_others = rule is not None and candidate.is_beside_weights and rule.pattern in model.rules_of_weights
-    if rule is not None and rule.is_literal and not means_others and (role is None or role.kind != "weight"):
-        if scheme.fills == "weights":
-            assert role is not None  # what is unknown is left alone unless a distribution is given
-            raise ValueError(
-                f"rule {rule.pattern!r} gives {name_of(scheme)!r} to {site.stored_fqn!r}, but only weights have fans "
-                f"and its role is {role.kind!r}: give it Normal(std), Uniform(low, high), Constant(value) or 'keep'"
-            )
-        return scheme, rule.pattern, gain
-    assert role is not None
-    if role.kind == "embedding" or (candidate.is_tied_head and rule is None):
-        if scheme.fills == "any parameter":  # an absolute scale means every table too
-            return scheme, by, gain
-        return _table(candidate, scheme, model.tied_widths)
-    if role.kind == "weight":
-        if request.head is not None and rule is None and site.stored_fqn in model.heads:
-            return request.head, "head", request.head.gain
-        asks_for_gain = rule is not None and (rule.is_literal or rule.gain is not None)
-        if scheme.takes_gain and not asks_for_gain and model.trace.feed_of(site.stored_fqn) == "linear":
-            return scheme, by, 1.0
-        return scheme, by, gain
-    if role.kind == "bias":
-        return _bias(scheme, request.bias), "bias", 1.0
-    return role.default, role.kind, 1.0
-
-
-def _table(candidate: Candidate, scheme: Scheme, tied_widths: set[int]) -> tuple[Scheme, str, float]:
-    """A lookup table is drawn at its author's scale; at torch's own, N(0, 1), it is made to fit an output layer."""
-    assert candidate.table is not None
-    width, scale = candidate.site.parameter.shape[-1], candidate.authors_scale
-    if scale == 1.0 and width in tied_widths:
-        if candidate.is_tied_head and scheme.fills == "known parameters":
-            return scheme, "scheme", 1.0  # as the module of the output layer draws it
-        return Normal(width**-0.5), "tied head" if candidate.is_tied_head else "added to a tied head", 1.0
-    if scale == candidate.table.default.target_std:
-        return candidate.table.default, "embedding", 1.0
-    return Normal(scale), "author's scale", 1.0
-
-
-def _bias(scheme: Scheme, bias: float | None) -> Scheme:
-    """The bias the user gave, else the scheme's own: PyTorch's for torch_default, 0 for all others."""
-    if bias is not None:
-        return Constant(bias)
-    return scheme if scheme.fills == "known parameters" else Constant(0.0)

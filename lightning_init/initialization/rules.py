@@ -129,11 +129,10 @@ class Request:
         return cls(chosen, _checked(rules), gain, bias, None if head is None else scheme_of(head), text)
 
     @property
-    def asks_what_feeds(self) -> bool:
-        """Whether the weights depend on what feeds them: a gain other than 1, or output layers that are to be found."""
+    def asks_for_trace(self) -> bool:
+        """Whether the weights depend on what feeds them and on what they lead to: not those of absolute values."""
         schemes = [self.scheme, *(scheme_of(rule.scheme) for rule in self.rules if not rule.keeps)]
-        gains = [scheme.gain if self.gain is None else self.gain for scheme in schemes if scheme.takes_gain]
-        return self.head is not None or any(gain != 1 for gain in gains)
+        return self.head is not None or any(scheme.fills != "any parameter" for scheme in schemes)
 
     def rule_for(self, *names: str) -> Rule | None:
         """The first rule that matches one of a parameter's names."""

@@ -14,10 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrizations import _OrthMaps
 
 from lightning_init.distributed.shards import LocalShard, local_shard_of
-from lightning_init.initialization.evidence import Evidence, authors_evidence, evidence_of
-from lightning_init.initialization.intent import Held, purposes_of, scale_of_table, uninitialised_among
+from lightning_init.initialization.evidence import Evidence, Held, authors_evidence, evidence_of
+from lightning_init.initialization.intent import purposes_of, uninitialised_among
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.rules import Request, Rule
+from lightning_init.initialization.scales import scale_of_table, scale_of_weight
 from lightning_init.introspect.own_code import computes_as_its_type, fitted_role
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
@@ -76,9 +77,11 @@ class Candidate:
 
     @property
     def authors_scale(self) -> float:
-        """The std of a lookup table, as its author left it."""
-        assert self.table is not None
-        return scale_of_table(self.table, self.evidence, self.site.parameter.shape[-1])
+        """The std of a lookup table or a weight, as its author left it."""
+        if self.table is not None:
+            return scale_of_table(self.table, self.evidence, self.site.parameter.shape[-1])
+        assert self.role is not None
+        return scale_of_weight(self.role, self.evidence)
 
     @property
     def is_named_by_rule(self) -> bool:

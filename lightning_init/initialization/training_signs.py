@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.findings import Finding
+from lightning_init.initialization.authors_draws import drawn_for_all_layers, is_partly_constant
 from lightning_init.initialization.evidence import READ, SIGMAS, leading_rows, slices_held
 from lightning_init.initialization.lattice import is_as_written, is_uniform_as_written
 from lightning_init.initialization.survey import Candidate
@@ -82,6 +83,10 @@ def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list
         if can_be_lost and not site.is_computed and not site.parameter.is_meta:
             by_module[id(site.module)].append(candidate)
     paths = {id(module): clean_name(model, path) for path, module in model.named_modules()}
+    inspected = [candidate for held in by_module.values() for candidate in held]
+    by_author = drawn_for_all_layers(
+        inspected, {one.site.forward_fqn: torch.cat([*_slices_of(one), torch.empty(0)]) for one in inspected}
+    )
     touched = {key: held for key, held in by_module.items() if not any(map(_is_still_constant, held))}
     batch_counts = [
         Finding("trained_weights", paths[key], text)
@@ -92,6 +97,7 @@ def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list
         Finding("trained_weights", paths[key], text)
         for key, held in touched.items()
         for candidate in held
+        if candidate.site.forward_fqn not in by_author
         for text in _parameter_signs(candidate, held)
     ]
 
@@ -252,8 +258,13 @@ def _is_constant(values: Tensor) -> bool:
 
 
 def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
-    """Whether a bias is neither constant, nor next to zero, nor what its module draws."""
-    if values.numel() < 2 or _is_constant(values) or float(values.abs().max()) < NEXT_TO_ZERO:
+    """Whether a bias is neither constant, a good part of it at least, nor next to zero, nor what its module draws."""
+    if (
+        values.numel() < 2
+        or _is_constant(values)
+        or is_partly_constant(values)
+        or float(values.abs().max()) < NEXT_TO_ZERO
+    ):
         return False
     beyond = float(values.abs().max()) > drawn_from.high * _rounding(values)
     return beyond or not _has_spread_of(values, drawn_from)

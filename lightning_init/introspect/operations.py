@@ -24,8 +24,20 @@ from lightning_init.sandbox import has_memory
 View = tuple[int, int, torch.Size, tuple[int, ...]]
 """What tells one tensor from another: its storage, and which part of it. Autograd makes new objects of one tensor."""
 
-_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "new_", "arange", "scalar_tensor", "bernoulli", "normal")
-"""Beginnings of operations whose result depends on their input's shape only."""
+_FACTORIES = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "rand",
+    "new_",
+    "arange",
+    "scalar_tensor",
+    "bernoulli",
+    "normal",
+    "lift",
+)
+"""Beginnings of operations whose result depends on their input's shape only, or on numbers in the code (lift)."""
 
 _DRAWS_INTO = ("bernoulli_", "normal_", "uniform_", "random_", "exponential_", "zero_", "fill_")
 

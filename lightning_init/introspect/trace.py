@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_init.introspect.destinations import Destination, Kinds, destinations
 from lightning_init.introspect.operations import Operation, Value, normal_like, replay
 
 Feed = Literal["input", "linear", "nonlinear", "unknown"]
@@ -54,7 +55,7 @@ LINEAR = {
     *("view", "unsafe_view", "reshape_alias", "t", "transpose", "transpose_", "permute", "expand", "as_strided"),
     *("unsqueeze", "unsqueeze_", "squeeze", "squeeze_", "select", "slice", "unfold", "unbind", "index", "where"),
     *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "cat", "stack", "repeat", "flip", "roll"),
-    *("clone", "detach", "alias", "lift_fresh", "to_copy", "copy_", "constant_pad_nd", "reflection_pad2d"),
+    *("clone", "detach", "alias", "to_copy", "copy_", "constant_pad_nd", "reflection_pad2d"),
     *("neg", "sum", "mean", "native_dropout", "masked_fill", "masked_fill_", "im2col", "col2im", "pixel_shuffle"),
     *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("upsample_nearest1d", "upsample_nearest2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d"),
@@ -67,6 +68,15 @@ LINEAR_IN_ONE = {"mul", "mul_", "div", "div_"}
 SUMS = {"add", "add_", "sub", "sub_", "rsub", "addcmul", "lerp"}
 
 
+_KINDS = Kinds(
+    frozenset(LINEAR),
+    frozenset(LINEAR_IN_ONE),
+    frozenset(SUMS),
+    frozenset(LOOKUPS),
+    frozenset(PRODUCTS | NORMALIZATIONS | ATTENTIONS),
+)
+
+
 @dataclass(frozen=True)
 class Use:
     """One product with a weight.
@@ -75,11 +85,13 @@ class Use:
         parameters: full names of the parameters that the weight is made of.
         feed: what feeds it.
         is_output: nothing that comes out of it goes into another product with a weight: a head.
+        destination: what it is added to, and whether a constant enlarges it.
     """
 
     parameters: frozenset[str]
     feed: Feed
     is_output: bool
+    destination: Destination = field(default_factory=Destination)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,34 @@ class Trace:
                 feeds[name] = max(feeds.get(name, use.feed), use.feed, key=order.index)
         return feeds
 
+    def tables_beside(self, name: str) -> Mapping[str, float]:
+        """The lookup tables whose rows are added to a weight's outputs, with the constant that multiplies the rows."""
+        tables: dict[str, float] = {}
+        for destination in self._destinations.get(name, ()):
+            for table, factor in destination.tables.items():
+                tables[table] = max(factor, tables.get(table, 0.0))
+        return tables
+
+    def summands_with(self, name: str) -> int:
+        """How many products are added up where what comes out of a weight goes; the weight's own counts."""
+        return max((destination.summands for destination in self._destinations.get(name, ())), default=1)
+
+    def is_enlarged(self, name: str) -> bool:
+        """Whether a constant multiplies what comes out of a weight before something nonlinear reads it."""
+        return any(destination.is_enlarged for destination in self._destinations.get(name, ()))
+
+    def is_reduced(self, name: str) -> bool:
+        """Whether a constant makes smaller what a weight reads, or what comes out of it."""
+        return any(destination.is_reduced for destination in self._destinations.get(name, ()))
+
+    @functools.cached_property
+    def _destinations(self) -> dict[str, list[Destination]]:
+        destinations: dict[str, list[Destination]] = {}
+        for use in self.uses:
+            for name in use.parameters:
+                destinations.setdefault(name, []).append(use.destination)
+        return destinations
+
     def or_else(self, other: Trace) -> Trace:
         """This trace, or what another knows where this one has nothing; it still says why it has nothing."""
         return self if self.uses else Trace(other.uses, self.why_not)
@@ -126,14 +166,16 @@ def trace_of(operations: Sequence[Operation]) -> Trace:
     products = [product for product in map(_product, operations) if product is not None]
     leads_on = _ancestors(product.signal for product in products)
     walk = _Walk({id(product.operation) for product in products})
+    found = destinations(operations, [product.operation for product in products], _KINDS)
     return Trace(
         tuple(
             Use(
                 product.weight.parameters,
                 walk.feed_of(product.signal),
                 not any(output in leads_on for output in product.operation.outputs),
+                destination,
             )
-            for product in products
+            for product, destination in zip(products, found, strict=True)
         )
     )
 

@@ -98,6 +98,10 @@ class Normal(Distribution):
         """The given std."""
         return self.std
 
+    def scaled(self, factor: float) -> Normal:
+        """The distribution of its values times a factor."""
+        return Normal(self.std * factor, self.mean * factor)
+
     @property
     def kurtosis(self) -> float:
         """3."""
@@ -135,6 +139,10 @@ class Uniform(Distribution):
     def target_std(self) -> float:
         """(high - low) / √12."""
         return (self.high - self.low) / math.sqrt(12)
+
+    def scaled(self, factor: float) -> Uniform:
+        """The distribution of its values times a factor above 0."""
+        return Uniform(self.low * factor, self.high * factor)
 
     @property
     def kurtosis(self) -> float:

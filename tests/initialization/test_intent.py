@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_init import Normal, Rule, Uniform, initialize, plan
 from lightning_init.initialization.evidence import Evidence
-from lightning_init.initialization.intent import scale_of_table
 from lightning_init.initialization.reasons import Reason
+from lightning_init.initialization.scales import scale_of_table
 from lightning_init.introspect.role import Role
 from tests.support.weights import assert_same, weights_of
 
