@@ -34,7 +34,13 @@ def explain(message: str, known_keys: Iterable[str] = ()) -> str:
     unknown_key = re.search(r"(?:[Uu]nrecognized arguments: -*|does not accept option ')([\w.]+)", message)
     if unknown_key:
         return _unknown_key(unknown_key[1], list(known_keys))
-    line = _unknown_argument(message) or _unknown_class(message) or _wrong_class(message) or _wrong_value(message)
+    line = (
+        _wrong_rule(message)
+        or _unknown_argument(message)
+        or _unknown_class(message)
+        or _wrong_class(message)
+        or _wrong_value(message)
+    )
     return _where(message) + line if line else " ".join(message.split())
 
 
@@ -47,9 +53,18 @@ def _where(message: str) -> str:
 def _unknown_key(key: str, known_keys: list[str]) -> str:
     """A key that no parser knows. If its first part is unknown (``monitr.every_n_steps``), only that is corrected."""
     first_parts = [known.partition(".")[0] for known in known_keys]
-    first_part = key.partition(".")[0]
+    first_part, _, rest = key.partition(".")
+    if rest.partition(".")[0] in first_parts:  # trainer.init, which stands beside the trainer
+        return f"unknown option '{key}'; did you mean '{rest}'?"
     near = did_you_mean(key, known_keys) if first_part in first_parts else did_you_mean(first_part, first_parts)
     return f"unknown option '{key}'{near}"
+
+
+def _wrong_rule(message: str) -> str:
+    """A rule that is given as a pair, or as anything else that has no names."""
+    expects_rules = "rules.Rule]" in message
+    given = re.search(r"(?:Given value|Got value): (?:\[)?(\[[^\[\]{}]*\])", message)
+    return f"a rule is {{pattern: head.weight, scheme: zeros}}, got {given[1]}" if expects_rules and given else ""
 
 
 def _unknown_argument(message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -55,8 +56,9 @@ class InitCLI(LightningCLI):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take LightningCLI's arguments; only the default of ``parser_class`` differs."""
+        """Take LightningCLI's arguments; two defaults differ: the parser, and that a saved config is overwritten."""
         kwargs.setdefault("parser_class", InitArgumentParser)
+        kwargs.setdefault("save_config_kwargs", {"overwrite": True})  # so that the same command works twice
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -83,6 +85,15 @@ class InitCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             self._parser(self.subcommand).error(f"{class_type.__name__}: {error}", error)
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what this package itself refuses, such as a rule that matches nothing, is one line."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (TypeError, ValueError) as error:
+            if not _is_raised_by_this_package(error):
+                raise
+            self._parser(subcommand).error(" ".join(str(error).split()), error)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer with the callbacks of the blocks, in place of others of the same class."""
         blocks = {key: self._get(self.config_init, key) for key in BLOCKS}
@@ -97,6 +108,12 @@ class InitCLI(LightningCLI):
         defaults = as_list(self.trainer_defaults.get("callbacks"))
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": without(defaults, listed)}
         return super().instantiate_trainer(callbacks=listed, **kwargs)
+
+
+def _is_raised_by_this_package(error: BaseException) -> bool:
+    """Whether it was raised here, and not by a model's code that was called from here."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("lightning_init.")
 
 
 def without(callbacks: list[Callback], others: list[Callback]) -> list[Callback]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,12 @@ WRONG = [
         {"trainer": {**QUIET, "max_epoch": 1}},
         "unknown option 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?",
     ),
+    (["--trainer.init.scheme=zeros"], {}, "unknown option 'trainer.init.scheme'; did you mean 'init.scheme'?"),
+    (
+        ["--init.rules=[[head.weight, zeros]]"],
+        {},
+        "init.rules: a rule is {pattern: head.weight, scheme: zeros}, got ['head.weight', 'zeros']",
+    ),
     (["--trainer.max_epochs=ten"], {}, "trainer.max_epochs: 'ten' is not of type int or null"),
     (
         [],
@@ -216,6 +223,35 @@ def test_mistakes_are_explained_in_one_line(
     assert exit_.value.code == 2
     [*_, last] = capsys.readouterr().err.splitlines()
     assert last.partition("error: ")[2] == line
+
+
+WRONG_FOR_THE_MODEL = [
+    (
+        {"init": {"rules": [{"pattern": "haed.weight", "scheme": "zeros"}]}},
+        r"rule 'haed.weight' matches none of the model's \d+ parameters; nearest names: .*",
+    ),
+    (
+        {"init": {"rules": [{"pattern": "*", "scheme": "keep"}, {"pattern": "*.bias", "scheme": "zeros"}]}},
+        r"rule '\*.bias' never applies: rule '\*' stands before it .*",
+    ),
+]
+
+
+@pytest.mark.parametrize(("blocks", "line"), WRONG_FOR_THE_MODEL, ids=["nothing", "never"])
+def test_mistakes_that_only_the_model_shows_are_one_line(
+    blocks: dict[str, Any], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        fit(**blocks)
+    assert exit_.value.code == 2
+    [*_, last] = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(line, last.partition("error: ")[2])
+
+
+def test_same_command_works_twice() -> None:
+    trainer = {**QUIET, "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "version": ""}}}
+    for _ in range(2):
+        InitCLI(args=arguments(init={}, trainer=trainer))
 
 
 class Refuses(DigitsMLP):
