@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -74,6 +75,29 @@ def data_parallel_size(trainer: Trainer) -> int:
 
 
 # --- Before training starts
+
+
+def refuse_to_stay_on_meta(trainer: Trainer, module: LightningModule) -> None:
+    """Raise ValueError if parameters on the meta device will get no memory: only sharding strategies give it to them.
+
+    Lightning itself fails when it moves the module to its device, and again when it takes it back from there after
+    any error; that would hide this one, so the parameters get memory before.
+    """
+    gives_memory = (
+        *classes("strategies", "FSDPStrategy"),
+        *classes("strategies", "ModelParallelStrategy"),
+        *classes("strategies", "DeepSpeedStrategy"),
+    )
+    is_configured = is_overridden("configure_model", module)
+    is_meta = any(parameter.is_meta for parameter in module.parameters())
+    if is_meta and not is_configured and not isinstance(trainer.strategy, gives_memory):
+        give_memory: Callable[..., object] = module._apply
+        give_memory(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        raise ValueError(
+            "the model is on the meta device, and the Trainer gives it no memory: make it without "
+            "torch.device('meta'), call model.to_empty(device='cpu') before fit, or train it with FSDP or "
+            "ModelParallelStrategy"
+        )
 
 
 def restores_weights_before_fit_start(trainer: Trainer) -> bool:

@@ -46,6 +46,7 @@ class InitCallback(Callback):
             those layers stay, and the rest, such as a new head, is drawn; ``"overwrite"``: everything is drawn.
         head: a scheme for the weights that give the model's outputs, such as ``"zeros"``; None: as for all others. One
             batch through the training step shows which they are, and leaves nothing behind.
+        strict: an error, in place of a line in the report, if parameters are of a module type that is not known.
 
     Attributes:
         report: what was done to every parameter; None before it happened.
@@ -66,6 +67,7 @@ class InitCallback(Callback):
         when: When = "fresh",
         trained: Trained = "refuse",
         head: SchemeName | Scheme | None = None,
+        strict: bool = False,
     ) -> None:
         check_choice("when", when, get_args(When))
         check_choice("trained", trained, get_args(Trained))
@@ -73,7 +75,7 @@ class InitCallback(Callback):
             check_integer("seed", seed)
         self._own_report: InitReport | None = None
         self._latest = _LatestReport()
-        self._request = Request.of(scheme, rules, activation, bias, head)
+        self._request = Request.of(scheme, rules, activation, bias, head, strict)
         self._seed = None if seed is None else int(seed)
         self._last_seed: int | None = None
         self._when = when
@@ -95,6 +97,7 @@ class InitCallback(Callback):
                 "InitCallback does not work with DeepSpeed: it trains copies of the weights made before fit starts, "
                 "so new ones would be lost. Call lightning_init.initialize(model) in the module's __init__ instead"
             )
+        _lightning.refuse_to_stay_on_meta(trainer, pl_module)
         self._is_decided = self._has_seen_checkpoint = False
         _lightning.start_meta_watch(pl_module)
         _lightning.call_before_optimizers_are_made(pl_module, partial(self._initialize_once, trainer, pl_module))

@@ -175,11 +175,17 @@ def _write_block(
     """Draw straight into the parameter's memory where it can hold the block, else copy what belongs here."""
     where, which = overlap
     target = flat[where]
-    if target.dtype == torch.float32 and target.device.type == "cpu" and target.numel() == len(block):
+    dtype = drawn_dtype(target.dtype)
+    if target.dtype == dtype and target.device.type == "cpu" and target.numel() == len(block):
         return measure(block.draw(distribution, key, target), distribution.target_mean)
-    values = block.draw(distribution, key)[which]
+    values = block.draw(distribution, key, dtype=dtype)[which]
     target.copy_(values)
     return measure(values.to(target.dtype), distribution.target_mean)
+
+
+def drawn_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the numbers of a parameter are drawn in: float64 where it holds as much, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def measure(values: Tensor, target_mean: float) -> Measured:
@@ -197,24 +203,25 @@ def measure(values: Tensor, target_mean: float) -> Measured:
 
 
 def draw_full(task: DrawTask, dtype: torch.dtype) -> Tensor:
-    """All chunks of a parameter, one after the other along dimension 0, in float32 or complex64. Shape: task.shape
+    """All chunks of a parameter, one after the other along dimension 0, in single or double precision.
 
     The slow, plain way: for structured schemes, complex numbers, and whatever is not written block by block.
+    Shape: task.shape
     """
     chunks = [draw_chunk(chunk, task.chunk_shape, task.role, dtype) for chunk in task.chunks]
     return torch.cat(chunks) if task.shape else chunks[0]
 
 
 def draw_chunk(chunk: DrawChunk, shape: tuple[int, ...], role: Role, dtype: torch.dtype) -> Tensor:
-    """All values of one chunk, in float32 or complex64. Shape: ``shape``"""
+    """All values of one chunk, in single or double precision. Shape: ``shape``"""
     if isinstance(chunk.initializer, StructuredScheme):
-        return _build(chunk, chunk.initializer, shape, role, dtype.is_complex)
+        return _build(chunk, chunk.initializer, shape, role, dtype)
     assert isinstance(chunk.initializer, Distribution)
     count = math.prod(shape)
     if not dtype.is_complex:
-        return draw_all(chunk.initializer, chunk.key, count).view(shape)
+        return draw_all(chunk.initializer, chunk.key, count, drawn_dtype(dtype)).view(shape)
     # Real and imaginary part each have half the variance around half the mean's share: E|z - mean|² = std².
-    standard = draw_all(chunk.initializer, chunk.key, 2 * count).view(*shape, 2)
+    standard = draw_all(chunk.initializer, chunk.key, 2 * count, drawn_dtype(dtype)).view(*shape, 2)
     mean = chunk.initializer.target_mean
     return torch.view_as_complex((standard - mean) / math.sqrt(2)) + mean
 
@@ -225,9 +232,11 @@ def stream_fingerprint(chunk: DrawChunk) -> int:
     return _checksum(draw_all(drawn, chunk.key, 16))
 
 
-def _build(chunk: DrawChunk, scheme: StructuredScheme, shape: tuple[int, ...], role: Role, is_complex: bool) -> Tensor:
+def _build(
+    chunk: DrawChunk, scheme: StructuredScheme, shape: tuple[int, ...], role: Role, dtype: torch.dtype
+) -> Tensor:
     """Build each group of a chunk as a matrix of its own and put it where the layer stores it."""
-    matrix = matrix_of(shape, role, is_complex)
+    matrix, real = matrix_of(shape, role, dtype.is_complex), drawn_dtype(dtype)
     gain = chunk.gain * stride_gain(matrix, role)
     groups = []
     for group in range(role.groups):
@@ -235,7 +244,7 @@ def _build(chunk: DrawChunk, scheme: StructuredScheme, shape: tuple[int, ...], r
         key = Key(chunk.key.seed, chunk.key.name, name)
         built = scheme.build(matrix, gain, functools.partial(draw_all, Normal(), key))
         groups.append(built.transpose(0, 1) if role.transposed else built)
-    return torch.cat(groups).to(torch.complex64 if is_complex else torch.float32).reshape(shape)
+    return torch.cat(groups).to(real.to_complex() if dtype.is_complex else real).reshape(shape)
 
 
 def matrix_of(shape: tuple[int, ...], role: Role, is_complex: bool = False) -> Matrix:

@@ -71,6 +71,7 @@ def initialize(
     activation: str | None = None,
     bias: float | None = None,
     head: str | Scheme | None = None,
+    strict: bool = False,
     seed: int | None = None,
     batch: object = None,
 ) -> InitReport:
@@ -88,6 +89,7 @@ def initialize(
         activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own.
         bias: one value for every bias in place of the scheme's own.
         head: a scheme for the weights that give the model's outputs, such as ``"zeros"``.
+        strict: an error, in place of a line in the report, if parameters are of a module type that is not known.
         seed: any integer; None: that of ``seed_everything``, else of ``torch.manual_seed``, else one drawn at random.
         batch: what the model is called with (a tuple: its arguments; a dictionary: its keyword arguments), to find what
             feeds each weight: where nothing nonlinear does, the gain is 1. Nothing is left behind. None: only
@@ -106,7 +108,7 @@ def initialize(
     >>> abs(layer.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.02
     True
     """
-    request = Request.of(scheme, rules, activation, bias, head)
+    request = Request.of(scheme, rules, activation, bias, head, strict)
     return carry_out(model, request, agreed_seed() if seed is None else seed, look=_look_at(model, batch))
 
 
@@ -118,6 +120,7 @@ def plan(
     activation: str | None = None,
     bias: float | None = None,
     head: str | Scheme | None = None,
+    strict: bool = False,
     batch: object = None,
 ) -> list[Assignment]:
     """What :func:`initialize` would do to each parameter; touches nothing. Arguments and errors as there.
@@ -125,7 +128,7 @@ def plan(
     >>> [(assignment.name, assignment.scheme) for assignment in plan(nn.Linear(2, 3))]
     [('weight', 'he_normal'), ('bias', 'zeros')]
     """
-    request = Request.of(scheme, rules, activation, bias, head)
+    request = Request.of(scheme, rules, activation, bias, head, strict)
     candidates = with_empty_memory_marked(survey(model, request))
     signs = signs_of_training(candidates, model) if is_doubtful(candidates) else []
     return decide(candidates, request, was_trained=bool(signs), trace=_trace(model, request, _look_at(model, batch)))

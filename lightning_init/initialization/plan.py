@@ -12,6 +12,7 @@ from lightning_init.initialization.choice import choose
 from lightning_init.initialization.evidence import Evidence
 from lightning_init.initialization.intent import purposes_of
 from lightning_init.initialization.reasons import Reason
+from lightning_init.initialization.report import listed
 from lightning_init.initialization.rules import Request
 from lightning_init.initialization.survey import Candidate, held_by, survey, with_empty_memory_marked
 from lightning_init.initialization.whole_model import WholeModel, as_code
@@ -104,9 +105,17 @@ def decide(
     """
     purposes = purposes_of(map(held_by, candidates), constants_only=was_trained)
     model = WholeModel.of(candidates, request, trace)
-    return [
+    plan = [
         _assign(candidate, request, purposes.get(candidate.site.forward_fqn, ""), model) for candidate in candidates
     ]
+    unknown = [one for one in plan if one.left is Reason.TYPE_UNKNOWN]
+    if request.is_strict and unknown:
+        raise ValueError(
+            f"strict: {len(unknown)} parameters are of module types that are not known: "
+            f"{listed([one.name for one in unknown])}. Make them known: "
+            f"{'; '.join(dict.fromkeys(one.advice for one in unknown))}; or leave them alone: Rule(name, 'keep')"
+        )
+    return plan
 
 
 def _assign(candidate: Candidate, request: Request, purpose: str, model: WholeModel) -> Assignment:

@@ -13,6 +13,8 @@ class Reason(str, Enum):
     SETTLED = "settled"
     """An earlier fit started from it, or a checkpoint restored it."""
     INTEGER = "integer"
+    SPARSE = "sparse"
+    """Only some of its elements have a place in memory."""
     NO_ELEMENTS = "no elements"
     RULE_KEEPS = "kept by rule"
     """A rule of the user's says "keep"."""

@@ -85,6 +85,7 @@ class Request:
         gain: in place of the scheme's own; None: its own.
         bias: the value of every bias; None: the scheme's own choice.
         head: for the weights that give the model's outputs; None: as for all others.
+        is_strict: parameters of module types that are not known are an error.
         text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
@@ -93,6 +94,7 @@ class Request:
     gain: float | None = None
     bias: float | None = None
     head: Scheme | None = None
+    is_strict: bool = False
     text: str = field(default="", compare=False)
 
     @classmethod
@@ -103,6 +105,7 @@ class Request:
         activation: str | None = None,
         bias: float | None = None,
         head: str | Scheme | None = None,
+        strict: bool = False,
     ) -> Request:
         """Check a user's arguments and turn them into a request.
 
@@ -112,6 +115,7 @@ class Request:
             activation: what the gain is made for, such as ``gelu``; None: the scheme's own gain.
             bias: as in :class:`Request`.
             head: a name of :data:`SCHEMES` or a scheme object.
+            strict: as ``is_strict`` in :class:`Request`.
 
         Raises:
             ValueError: an unknown scheme or activation, an activation for a scheme without a gain, a bias that is not
@@ -126,7 +130,7 @@ class Request:
         if bias is not None:
             check_finite("bias", bias)
         text = name_of(chosen) + (f" for {activation}" if activation else "")
-        return cls(chosen, _checked(rules), gain, bias, None if head is None else scheme_of(head), text)
+        return cls(chosen, _checked(rules), gain, bias, None if head is None else scheme_of(head), strict, text)
 
     @property
     def asks_for_trace(self) -> bool:

@@ -65,9 +65,11 @@ class Block:
         """Number of elements."""
         return self.stop - self.start
 
-    def draw(self, distribution: Distribution, key: Key, out: Tensor | None = None) -> Tensor:
-        """The block's values as float32 on the CPU, in ``out`` where that is given. Shape: [len(self)]."""
-        values = _empty(len(self)) if out is None else out
+    def draw(
+        self, distribution: Distribution, key: Key, out: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """The block's values on the CPU, in ``out`` where that is given, else of ``dtype``. Shape: [len(self)]."""
+        values = _empty(len(self), dtype) if out is None else out
         distribution.fill_(values, key.generator(self.number))
         return values
 
@@ -78,17 +80,20 @@ def blocks(start: int, stop: int) -> Iterator[Block]:
         yield Block(first, min(first + BLOCK, stop), number)
 
 
-def draw_all(distribution: Distribution, key: Key, count: int) -> Tensor:
-    """The first ``count`` values of a stream, block after block. Shape: [count], float32 on the CPU."""
-    out = _empty(count)
+def draw_all(distribution: Distribution, key: Key, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The first ``count`` values of a stream, block after block, on the CPU. Shape: [count]
+
+    Those of float64 are others than those of float32: they have more random bits.
+    """
+    out = _empty(count, dtype)
     for block in blocks(0, count):
         block.draw(distribution, key, out[block.start : block.stop])
     return out
 
 
-def _empty(count: int) -> Tensor:
+def _empty(count: int, dtype: torch.dtype) -> Tensor:
     """Whatever the user's default dtype and device are: the same seed draws the same numbers."""
-    return torch.empty(count, dtype=torch.float32, device="cpu")
+    return torch.empty(count, dtype=dtype, device="cpu")
 
 
 @contextmanager

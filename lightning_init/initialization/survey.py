@@ -20,6 +20,7 @@ from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.scales import scale_of_table, scale_of_weight
 from lightning_init.introspect.own_code import computes_as_its_type, fitted_role
+from lightning_init.introspect.own_reset import role_by_own_reset
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.roles import role_of
 from lightning_init.introspect.sites import (
@@ -119,6 +120,12 @@ def survey(
     """
     check_model(model)
     found = list(parameter_sites(model))
+    for site in found:
+        if not is_lazy(site.parameter) and site.parameter.is_inference():
+            raise ValueError(
+                f"{site.stored_fqn!r} was made in inference mode, so nothing can train it: make the model outside of "
+                "torch.inference_mode()"
+            )
     by_memory: dict[tuple[int, int], list[ParameterSite]] = defaultdict(list)
     by_forward_fqn: dict[str, list[ParameterSite]] = defaultdict(list)
     for site in found:
@@ -185,6 +192,8 @@ def _candidate(
     asked = (role_of(alias.module, alias.attribute, alias.ancestors) for alias in aliases)
     roles = tuple(role for role in asked if role is not None)
     role = _main_role(site, roles)
+    if role is None and request.scheme.fills == "known parameters":  # it asks for what modules draw themselves
+        role = role_by_own_reset(site.module, site.attribute)
     rule = request.rule_for(*_names(aliases, originals))
     settled = next(filter(None, map(why_settled, aliases)), "")
     why_left = (Reason.SETTLED, settled) if settled else _why_left(site, aliases, originals, role, rule)
@@ -221,16 +230,9 @@ def _why_left(
     rule: Rule | None,
 ) -> tuple[Reason, str] | None:
     """Why nothing is drawn into this parameter, as a kind and in words; None if it is drawn."""
-    parameter = site.parameter
-    if is_lazy(parameter):
-        return (
-            Reason.UNINITIALISED,
-            "uninitialised: a lazy module gets its shape from its first batch; run one before fit",
-        )
-    if not (parameter.is_floating_point() or parameter.is_complex()):
-        return Reason.INTEGER, f"integer ({parameter.dtype})"
-    if parameter.numel() == 0:
-        return Reason.NO_ELEMENTS, "no elements"
+    no_numbers = _why_no_numbers(site.parameter)
+    if no_numbers is not None:
+        return no_numbers
     if rule is not None and rule.keeps:
         return Reason.RULE_KEEPS, "kept by rule"
     decided_elsewhere = _why_left_to_another(site, aliases, originals)
@@ -245,6 +247,20 @@ def _why_left(
         if own_code:
             return Reason.OWN_CODE, own_code
     return _why_not_through(site)
+
+
+def _why_no_numbers(parameter: Tensor) -> tuple[Reason, str] | None:
+    """Why there is nothing to draw into; None if there is."""
+    if is_lazy(parameter):
+        return (
+            Reason.UNINITIALISED,
+            "uninitialised: a lazy module gets its shape from its first batch; run one before fit",
+        )
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return Reason.INTEGER, f"integer ({parameter.dtype})"
+    if parameter.layout is not torch.strided:
+        return Reason.SPARSE, f"sparse ({parameter.layout})"
+    return (Reason.NO_ELEMENTS, "no elements") if parameter.numel() == 0 else None
 
 
 def _why_own_code(site: ParameterSite, role: Role) -> str:

@@ -41,7 +41,7 @@ class Distribution(Initializer):
 
     @abstractmethod
     def fill_(self, block: Tensor, generator: torch.Generator) -> None:
-        """Fill a contiguous one-dimensional float32 CPU ``block`` in place."""
+        """Fill a contiguous one-dimensional float32 or float64 CPU ``block`` in place."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Uniform(Distribution):
         """
         block.uniform_(generator=generator)
         scale_and_shift_(block, self.high - self.low, self.low)
-        block.clamp_(max=_largest_float_below(self.high))
+        block.clamp_(max=_largest_below(self.high, block.dtype))
 
 
 @dataclass(frozen=True)
@@ -212,15 +212,18 @@ class TruncatedNormal(Distribution):
             beyond = beyond[again.abs() > self.cut]
         scale_and_shift_(block, self.std / truncated_std(self.cut), self.mean)
         lowest, highest = self.mean - self.bound, self.mean + self.bound
-        block.clamp_(-_largest_float_below(-lowest, or_equal=True), _largest_float_below(highest, or_equal=True))
+        block.clamp_(
+            -_largest_below(-lowest, block.dtype, or_equal=True), _largest_below(highest, block.dtype, or_equal=True)
+        )
 
 
-def _largest_float_below(number: float, *, or_equal: bool = False) -> float:
-    """The largest float32 below a number, as a float; ``number`` itself if it is one and that is allowed."""
-    rounded = float(np.float32(number))
+def _largest_below(number: float, dtype: torch.dtype, *, or_equal: bool = False) -> float:
+    """The largest value of a dtype below a number; ``number`` itself if it is one and that is allowed."""
+    kind = np.float64 if dtype is torch.float64 else np.float32
+    rounded = float(kind(number))
     if rounded < number or (or_equal and rounded == number):
         return rounded
-    return float(np.nextafter(np.float32(rounded), np.float32(-np.inf)))
+    return float(np.nextafter(kind(rounded), kind(-np.inf)))
 
 
 def scale_and_shift_(block: Tensor, scale: float, shift: float) -> None:

@@ -57,7 +57,7 @@ def test_drawing_block_by_block_equals_drawing_at_once(
     out = torch.full((count,), math.nan, dtype=dtype)
     measured = filled_by_blocks(piece, out)
     expected = draw_chunk(piece, (count,), GENERIC_ROLE, dtype)
-    assert expected.dtype == torch.float32
+    assert expected.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(out, expected.to(dtype))
     reference = measure(expected.to(dtype), distribution.target_mean)
     assert (measured.count, measured.checksum) == (reference.count, reference.checksum)
@@ -89,6 +89,15 @@ def test_chunk_of_an_undivided_parameter_has_no_name() -> None:
     (step,) = plan(nn.Linear(4, 6, bias=False))
     (task,) = make_tasks([step], 1)
     assert task.chunks == (DrawChunk(0, 24, step.initializers[0], step.gain, Key(1, "weight", "")),)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=repr)
+def test_double_precision_is_used(distribution: Distribution) -> None:
+    """A float64 parameter holds numbers that float32 does not, constants exactly."""
+    values = draw_chunk(part(distribution, 100), (100,), GENERIC_ROLE, torch.float64)
+    assert (values.float().double() != values).double().mean() > 0.9
+    if isinstance(distribution, Constant):
+        assert (values == distribution.value).all()
 
 
 @given(

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_init import InitCallback, InitReport, initialize
+from lightning_init import InitCallback, InitReport, Normal, Rule, initialize
 from tests.support.models import CLASSES, DigitsModule, digits
 from tests.support.trainers import make_trainer
 
@@ -255,3 +255,42 @@ def test_lazy_model_that_has_seen_a_batch_is_fresh() -> None:
     assert callback.report is not None
     assert not callback.report.left_alone
     assert callback.report["network.first.weight"].fans == (64, 16)
+
+
+def test_parameter_of_inference_mode_is_named() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"^'0\.weight' was made in inference mode, so nothing can train it"):
+        initialize(model)
+
+
+def test_sparse_weight_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.eye(4).to_sparse())
+    report = initialize(model)
+    assert report["0.weight"].reason == "sparse (torch.sparse_coo)"
+    assert report["1.weight"].left is None
+
+
+class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 8))
+
+
+def test_strict_refuses_what_is_unknown() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Unknown())
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"^strict: 1 parameters are of module types that are not known: 1\.matrix"):
+        initialize(model, strict=True)
+    assert torch.equal(model[0].weight, before)
+    initialize(model, strict=True, rules=[Rule("1.matrix", "keep")])
+    initialize(model, strict=True, rules=[Rule("1.matrix", Normal(0.1))])
+    initialize(model[:1], strict=True)
+
+
+def test_plain_trainer_of_a_model_on_meta_says_what_to_do() -> None:
+    with torch.device("meta"):
+        module = DigitsModule(lambda: nn.Linear(64, CLASSES))
+    with pytest.raises(ValueError, match=r"^the model is on the meta device, and the Trainer gives it no memory"):
+        make_trainer(callbacks=[InitCallback()], max_steps=1).fit(module)

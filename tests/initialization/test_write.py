@@ -189,9 +189,9 @@ def blocks_drawn(monkeypatch: pytest.MonkeyPatch, rank: int, placements: list[Pl
     drawn: list[int] = []
     original = Block.draw
 
-    def counted(self: Block, *args: object) -> Tensor:
+    def counted(self: Block, *args: object, **options: object) -> Tensor:
         drawn.append(self.number)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     with monkeypatch.context() as patch, as_rank(rank, (4,)) as mesh:
         patch.setattr(streams, "BLOCK", 64)

@@ -107,6 +107,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_fabric": "the same of Lightning Fabric",
     },
     "callbacks/_lightning.py": {
+        "_apply": "the only way to replace what is on the meta device, ties kept",
         "_data_source": "the user's train_dataloader before the Trainer has made its own",
         "_on_before_batch_transfer": "how the Trainer runs the user's hook",
         "_batches_that_stepped": "what LearningRateMonitor counts by; global_step counts every optimizer",
