@@ -9,13 +9,21 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lightning_init.findings import Finding
 from lightning_init.initialization.authors_draws import drawn_for_all_layers, is_partly_constant
-from lightning_init.initialization.evidence import READ, SIGMAS, leading_rows, slices_held
+from lightning_init.initialization.evidence import (
+    READ,
+    SIGMAS,
+    authors_evidence,
+    evidence_of,
+    leading_rows,
+    slices_held,
+)
 from lightning_init.initialization.lattice import is_as_written, is_uniform_as_written
 from lightning_init.initialization.survey import Candidate
 from lightning_init.introspect.names import clean_name
@@ -176,7 +184,20 @@ def _was_trained_here(candidate: Candidate) -> bool:
     parameter, evidence = candidate.site.parameter, candidate.evidence
     is_structured = evidence is not None and (evidence.has_structure or evidence.columns_are_orthogonal)
     draws = MOST_DRAWS + is_structured  # an orthogonal draw is scaled afterwards
-    return parameter.grad is not None and parameter._version > draws and not is_as_reset(candidate)
+    was_written = parameter.grad is not None and parameter._version > draws
+    return was_written and not is_as_reset(candidate) and not _is_as_first_seen(candidate)
+
+
+def _is_as_first_seen(candidate: Candidate) -> bool:
+    """Whether a parameter still holds what it held before an earlier initialisation, which left it alone."""
+    site, shard = candidate.site, candidate.shard
+    if shard is None or candidate.role is None:
+        return False
+    before = authors_evidence(site.module, site.attribute, shard.full_shape)
+    if before is None:
+        return False
+    now = evidence_of(shard, len(candidate.role.slices), is_table=candidate.is_table, version=site.parameter._version)
+    return now is not None and replace(now, is_written=before.is_written) == before
 
 
 def is_as_reset(candidate: Candidate) -> bool:

@@ -83,6 +83,16 @@ def test_signs_of_training_in_this_process_have_no_window(draw: Any) -> None:
     assert signs(trained(model, 1, partial(torch.optim.SGD, lr=1e-4)))
 
 
+def test_weights_that_earlier_fits_left_as_they_were_are_no_sign_of_training() -> None:
+    """A structure of the author's stays, and a learning rate of 0 writes to it without changing it."""
+    model = redrawn(fresh(without_biases), nn.init.orthogonal_)
+    initialize(model, "he_normal")
+    for _ in range(3):
+        trained(model, 1, partial(torch.optim.SGD, lr=0.0))
+    assert not signs(model)
+    assert signs(trained(model, 1, partial(torch.optim.SGD, lr=1e-4)))
+
+
 def redrawn(model: nn.Module, draw: Any) -> nn.Module:
     for parameter in model.parameters() if draw else ():
         draw(parameter)
