@@ -50,7 +50,7 @@ class Evidence:
         squares: Σx², in float64.
         has_structure: elements depend on each other, or values repeat.
         column_products: products of the first columns of a matrix that has more rows than columns, summed over rows,
-            [VECTORS², at most]; they are alike on the diagonal and 0 elsewhere in an orthogonal matrix.
+            [VECTORS², at most]; they are 0 but on the diagonal where columns are orthogonal.
         is_written: whether an operation of PyTorch has written to the memory since it was allocated; a copy's has not.
     """
 
@@ -113,7 +113,7 @@ class Evidence:
 
     @property
     def columns_are_orthogonal(self) -> bool:
-        """Whether the first columns of a tall matrix are at right angles and equally long."""
+        """Whether the first columns of a tall matrix are at right angles."""
         size = math.isqrt(len(self.column_products))
         return size > 1 and _is_orthogonal(
             torch.tensor(self.column_products, dtype=torch.float64, device="cpu").view(size, size)
@@ -275,12 +275,15 @@ def _neighbours_are_alike(sample: Tensor, dim: int) -> bool:
 
 
 def _is_orthogonal(products: Tensor) -> bool:
-    """Whether a matrix of scalar products is that of vectors at right angles and of one length; 1e-4 is rounding."""
-    lengths = products.diagonal()
-    scale = float(lengths.mean())
-    return scale > 0 and bool(
-        (products - scale * torch.eye(len(products), dtype=torch.float64, device="cpu")).abs().max() < 1e-4 * scale
-    )
+    """Whether a matrix of scalar products is that of vectors at right angles; 1e-4 is rounding.
+
+    Their lengths may differ: adapters that start from the largest singular values of a weight are such matrices.
+    """
+    lengths = products.diagonal().sqrt()
+    if not bool((lengths > 0).all()):
+        return False
+    cosines = products / lengths.outer(lengths)
+    return bool((cosines - torch.eye(len(products), dtype=torch.float64, device="cpu")).abs().max() < 1e-4)
 
 
 _authors: MutableMapping[nn.Module, dict[str, tuple[torch.Size, Evidence]]] = weakref.WeakKeyDictionary()

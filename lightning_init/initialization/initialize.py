@@ -22,6 +22,7 @@ from lightning_init.initialization.choice import BESIDE_TABLE
 from lightning_init.initialization.copies import Copies, find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
+from lightning_init.initialization.frozen import frozen_twins, keep_twins, notes_on_twins, were_trained
 from lightning_init.initialization.guard import (
     Trained,
     keep_trained,
@@ -183,9 +184,11 @@ def carry_out(
             _NO_CANDIDATES,
         )
         candidates, trace = _agreed(candidates, trace, look_failure or failure)
-        past = _Past([], frozenset())
-        if not from_meta and (trained != "overwrite" or is_doubtful(candidates)):
-            past = _Past.agreed(*_attempt(functools.partial(_Past.of, model, candidates, trained == "keep"), past))
+        past = _Past([], frozenset(), {}, is_body_trained=False)
+        if not from_meta:
+            asks_for_signs = trained != "overwrite" or is_doubtful(candidates)
+            ask = functools.partial(_Past.of, model, candidates, asks_for_signs, trained == "keep")
+            past = _Past.agreed(*_attempt(ask, past))
         if trained == "refuse":
             refuse_trained(past.signs)
         prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta, trace)
@@ -201,7 +204,11 @@ def carry_out(
         }
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
-    notes = [*_notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)), *notes]
+    notes = [
+        *_notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)),
+        *notes_on_twins(prepared.plan, past.twins),
+        *notes,
+    ]
     _warn_if_mostly_unknown(prepared.plan)
     report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
@@ -275,23 +282,36 @@ class _Past(NamedTuple):
     Attributes:
         signs: of training.
         fresh: names of the layers that still hold what their module's own reset drew, where that is asked for.
+        twins: names of parameters that equal a frozen one, with its name.
+        is_body_trained: whether the frozen parameters show signs of training; asked only where there are twins.
     """
 
     signs: list[Finding]
     fresh: frozenset[str]
+    twins: Mapping[str, str]
+    is_body_trained: bool
 
     @classmethod
-    def of(cls, model: nn.Module, candidates: Sequence[Candidate], asks_for_fresh: bool) -> _Past:
+    def of(cls, model: nn.Module, candidates: Sequence[Candidate], asks_for_signs: bool, asks_for_fresh: bool) -> _Past:
         """As this rank's shards show it."""
         untouched = filter(is_as_reset, candidates if asks_for_fresh else ())
         fresh = frozenset(one.site.forward_fqn.rpartition(".")[0] for one in untouched)
-        return cls(signs_of_training(candidates, model), fresh)
+        twins = frozen_twins(candidates)
+        is_body_trained = bool(twins) and were_trained(candidates, model)
+        others = [one for one in candidates if not (is_body_trained and one.site.stored_fqn in twins)]
+        return cls(signs_of_training(others, model) if asks_for_signs else [], fresh, twins, is_body_trained)
 
     @classmethod
     def agreed(cls, mine: _Past, failure: Exception | None) -> _Past:
         """As the shards of all ranks show it together."""
         ranks = gather_or_raise(mine, failure)
-        return cls([sign for one in ranks for sign in one.signs], frozenset().union(*(one.fresh for one in ranks)))
+        twins = {name: of for name, of in ranks[0].twins.items() if all(name in one.twins for one in ranks)}
+        return cls(
+            [sign for one in ranks for sign in one.signs],
+            frozenset().union(*(one.fresh for one in ranks)),
+            twins,
+            any(one.is_body_trained for one in ranks),
+        )
 
 
 class _Prepared(NamedTuple):
@@ -314,6 +334,8 @@ def _prepare(
     plan = decide(candidates, request, was_trained=bool(past.signs), trace=trace)
     if is_trained_kept and past.signs:
         plan = keep_trained(plan, past.signs, past.fresh)
+    if past.is_body_trained:
+        plan = keep_twins(plan, past.twins)
     refuse_meta(plan)
     if from_meta:
         refuse_uninitialised(plan)
