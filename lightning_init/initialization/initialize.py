@@ -7,7 +7,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -18,7 +18,6 @@ from lightning_init.checks import check_integer
 from lightning_init.distributed.ranks import is_first_rank
 from lightning_init.findings import Finding
 from lightning_init.initialization.advice import mostly_unknown
-from lightning_init.initialization.choice import BESIDE_TABLE
 from lightning_init.initialization.copies import Copies, find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
@@ -30,9 +29,10 @@ from lightning_init.initialization.guard import (
     refuse_trained,
     refuse_uninitialised,
 )
+from lightning_init.initialization.notes import notes_on_gains, notes_on_parts
 from lightning_init.initialization.plan import Assignment, decide
 from lightning_init.initialization.reasons import Reason
-from lightning_init.initialization.report import Entry, InitReport, listed
+from lightning_init.initialization.report import Entry, InitReport
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.seeds import agreed_seed
 from lightning_init.initialization.survey import (
@@ -205,7 +205,8 @@ def carry_out(
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
     notes = [
-        *_notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)),
+        *notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)),
+        *notes_on_parts(prepared.plan),
         *notes_on_twins(prepared.plan, past.twins),
         *notes,
     ]
@@ -213,22 +214,6 @@ def carry_out(
     report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
     return report
-
-
-def _notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[str]) -> list[str]:
-    """Which weights got another gain than the scheme's for their place in the model, and which give its outputs."""
-    drawn = [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
-    without = [
-        one.name
-        for one in drawn
-        if one.decided_by != "head" and one.gain == 1.0 and trace.feed_of(one.name) == "linear"
-    ]
-    beside = [one.name for one in drawn if one.decided_by == BESIDE_TABLE]
-    likely = [one.name for one in drawn if one.name in heads and one.decided_by != "head"]
-    notes = [f"nothing nonlinear feeds them, so their gain is 1: {listed(without)}"] if without else []
-    notes += [f"output layers, which head='zeros' would start at 0: {listed(likely)}"] if likely and without else []
-    notes += [f"added to the rows of a lookup table, so they get its scale: {listed(beside)}"] if beside else []
-    return notes + ([f"what feeds the weights could not be seen: {trace.why_not}"] if trace.why_not else [])
 
 
 def _warn_if_mostly_unknown(plan: Sequence[Assignment]) -> None:

@@ -30,7 +30,7 @@ from lightning_init.introspect.names import clean_name
 from lightning_init.introspect.normalization import batches_tracked
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.torch_roles import other_bias_draws
-from lightning_init.schemes.distributions import Constant, Uniform
+from lightning_init.schemes.distributions import Constant, TruncatedNormal, Uniform, truncated_std
 
 NEXT_TO_ZERO = 1e-5
 """Some libraries draw fresh biases with a std of 1e-6; one optimizer step moves them further."""
@@ -43,6 +43,9 @@ STD_SLACK = 0.01
 
 TRUNCATED_KURTOSIS, TRUNCATED_KURTOSIS_ERROR = 2.366, 2.2
 """Kurtosis of a normal distribution cut at ±2 std, and √n times its standard error; a uniform one has 1.8."""
+
+BOTH_SIGMAS = 4
+"""Standard errors that are still chance where two numbers would have to be off at once."""
 
 MIN_ELEMENTS = 200
 """The largest of fewer values says little about the interval they are from."""
@@ -76,6 +79,7 @@ def signs_of_training(candidates: Iterable[Candidate], model: nn.Module) -> list
     - uniform biases that are neither what the module drew nor constant, and uniform weights of which some have
       left their interval (a step of 1e-3 is enough);
     - float32 weights that are as flat as a uniform draw, but not exactly what one writes: any step shows;
+    - weights with a shape between a uniform and a normal draw whose largest values lie where neither ends;
     - weights that hold a gradient and were written to more often than draws explain: this process has trained them;
     - weight matrices whose input columns, and lookup tables whose rows, differ in size by more than chance.
 
@@ -138,6 +142,8 @@ def _parameter_signs(candidate: Candidate, held: Sequence[Candidate]) -> Iterato
     elif _is_no_longer_uniform(candidate, role, slices, held):
         assert isinstance(role.default, Uniform)
         yield f"{span} is no longer what its module drew, uniform within ±{role.default.high:.6g}"
+    elif role.kind == "weight" and not _is_structured(candidate) and any(map(_has_blurred_edges, slices)):
+        yield f"{span} has edges that no draw leaves: once sharp, and blurred since"
     elif role.kind in ("weight", "embedding") and _inputs_differ(candidate, role):
         what = "rows" if role.kind == "embedding" else "input columns"
         yield f"{site.stored_fqn}: its {what} differ in size by more than chance"
@@ -156,7 +162,8 @@ def _is_no_longer_uniform(candidate: Candidate, role: Role, slices: list[Tensor]
             if other is not candidate
         ):
             return False
-        return all(any(_bias_has_moved(one, draw) for one in slices) for draw in usual)
+        is_single = candidate.site.parameter.dtype is torch.float32
+        return all(any(_bias_has_moved(one, draw, is_single) for one in slices) for draw in usual)
     values = torch.cat(slices)
     return role.kind == "weight" and (
         _has_left(values, role.default, candidate.site.parameter.shape)
@@ -181,11 +188,44 @@ def _was_trained_here(candidate: Candidate) -> bool:
 
     A backward pass alone leaves a gradient, and no more writes.
     """
-    parameter, evidence = candidate.site.parameter, candidate.evidence
-    is_structured = evidence is not None and (evidence.has_structure or evidence.columns_are_orthogonal)
-    draws = MOST_DRAWS + is_structured  # an orthogonal draw is scaled afterwards
+    parameter = candidate.site.parameter
+    draws = MOST_DRAWS + _is_structured(candidate)  # an orthogonal draw is scaled afterwards
     was_written = parameter.grad is not None and parameter._version > draws
     return was_written and not is_as_reset(candidate) and not _is_as_first_seen(candidate)
+
+
+def _is_structured(candidate: Candidate) -> bool:
+    """Whether elements depend on each other, so that they are no independent draws."""
+    evidence = candidate.evidence
+    if evidence is None or evidence.has_structure or evidence.columns_are_orthogonal:
+        return evidence is not None
+    rows = leading_rows(candidate.shard.local, READ) if candidate.shard is not None else torch.empty(0)
+    if rows.ndim < 2 or len(rows) < 2:
+        return False
+    lengths = _magnitudes(rows).flatten(1).square().sum(1)
+    return bool(lengths.std() < 1e-3 * lengths.mean())  # normalised by their author
+
+
+def _has_blurred_edges(values: Tensor) -> bool:
+    """Whether values are flatter than a normal draw, and yet reach farther than any draw with edges so flat.
+
+    Normal draws cut at ±c have every kurtosis from the uniform draw's 1.8 to 3, and each ends at one multiple of its
+    std. Training moves all values, which rounds the edges and takes some beyond.
+    """
+    n = values.numel()
+    if n < MIN_SEARCHED:
+        return False
+    kurtosis = _kurtosis(values)
+    if kurtosis + SIGMAS * math.sqrt(24 / n) > 3:
+        return False
+    highest = kurtosis + BOTH_SIGMAS * TRUNCATED_KURTOSIS_ERROR / math.sqrt(n)
+    low, high = 0.05, 6.0  # cuts between which the kurtosis rises from a uniform draw's to a normal one's
+    for _ in range(40):
+        cut = (low + high) / 2
+        low, high = (cut, high) if TruncatedNormal(cut=cut).kurtosis < highest else (low, cut)
+    chance = BOTH_SIGMAS * math.sqrt((TRUNCATED_KURTOSIS - 1) / (4 * n))
+    farthest = high / truncated_std(high) * (1 + STD_SLACK + chance)
+    return float(values.abs().max() / values.square().mean().sqrt()) > farthest
 
 
 def _is_as_first_seen(candidate: Candidate) -> bool:
@@ -278,8 +318,14 @@ def _is_constant(values: Tensor) -> bool:
     return bool((values == values[0]).all())
 
 
-def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
-    """Whether a bias is neither constant, a good part of it at least, nor next to zero, nor what its module draws."""
+def _bias_has_moved(values: Tensor, drawn_from: Uniform, is_single: bool) -> bool:
+    """Whether a bias is neither constant, a good part of it at least, nor next to zero, nor what its module draws.
+
+    Args:
+        values: of one slice.
+        drawn_from: what the module draws.
+        is_single: the bias itself is of float32, so that every draw leaves its marks.
+    """
     if (
         values.numel() < 2
         or _is_constant(values)
@@ -288,7 +334,21 @@ def _bias_has_moved(values: Tensor, drawn_from: Uniform) -> bool:
     ):
         return False
     beyond = float(values.abs().max()) > drawn_from.high * _rounding(values)
-    return beyond or not _has_spread_of(values, drawn_from)
+    if beyond or not _has_spread_of(values, drawn_from):
+        return True
+    return is_single and not _is_half_precise(values) and not _is_as_written_by_someone(values, drawn_from)
+
+
+def _is_as_written_by_someone(values: Tensor, drawn_from: Uniform) -> bool:
+    """Whether values are what a uniform draw writes, from the module's bound or from a number of two digits, as
+    authors give it.
+    """
+    if is_as_written(values, drawn_from.high) is not False:
+        return True
+    largest = float(values.abs().max())
+    unit = 10.0 ** (math.floor(math.log10(largest)) - 1)
+    first, last = math.ceil(largest / unit), math.floor(largest * (1 + LARGEST_GAP / values.numel()) / unit)
+    return any(is_as_written(values, float(f"{digits * unit:.2g}")) for digits in range(first, last + 1))
 
 
 def _has_left(values: Tensor, drawn_from: Uniform, shape: torch.Size) -> bool:

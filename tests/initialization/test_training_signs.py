@@ -46,10 +46,26 @@ def test_signs_after_a_longer_training(kind: str) -> None:
         assert signs(trained(fresh(KINDS[kind]), steps)), f"after {steps} steps"
 
 
-def test_signs_without_biases_are_in_the_input_columns() -> None:
-    """The values left the interval long ago; any draw could look like this, but not with such columns."""
-    (sign, *_) = signs(loaded(fresh(without_biases), trained(fresh(without_biases), 500).state_dict()))
+def test_signs_of_normal_weights_are_in_the_input_columns() -> None:
+    """Any draw could look like this, but not with such columns."""
+    model = redrawn(fresh(without_biases), partial(nn.init.normal_, std=0.02))
+    (sign, *_) = signs(loaded(fresh(without_biases), trained(model, 1000).state_dict()))
     assert re.fullmatch(r"0\.weight: its input columns differ in size by more than chance", sign)
+
+
+@pytest.mark.parametrize(("rate", "steps"), [(1e-2, 10), (1e-3, 100)])
+def test_signs_of_sharp_edges_that_are_blurred(rate: float, steps: int) -> None:
+    model = redrawn(fresh(without_biases), nn.init.xavier_uniform_)
+    state = trained(model, steps, partial(torch.optim.AdamW, lr=rate)).state_dict()
+    assert any("blurred" in sign for sign in signs(loaded(fresh(without_biases), state)))
+
+
+@pytest.mark.parametrize("cut", [2.0, 2.5, 3.0, 10.0])
+def test_signs_of_cut_normal_draws_are_none(cut: float) -> None:
+    for seed in range(SEEDS):
+        model = fresh(without_biases, seed)
+        signs_found = signs(redrawn(model, partial(nn.init.trunc_normal_, std=0.1, a=-0.1 * cut, b=0.1 * cut)))
+        assert signs_found == [], f"seed {seed}"
 
 
 @pytest.mark.parametrize("steps", [1, 10, 100])

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 
 UNKNOWN = "module type unknown"
+OWN_SCALE = "set by its author: a scale of its own"
 LEFT_ALONE: dict[str, dict[str, str]] = {
     "bert": {},
     "gpt2": {"transformer.wte.weight": "tied to lm_head.weight"},
@@ -33,6 +34,7 @@ LEFT_ALONE: dict[str, dict[str, str]] = {
         "shared.weight": "tied to decoder.embed_tokens.weight",
         "encoder.embed_tokens.weight": "tied to decoder.embed_tokens.weight",
         "lm_head.weight": "tied to decoder.embed_tokens.weight",
+        "*Attention.q.weight": OWN_SCALE,
     },
     "vit": {"vit.embeddings.cls_token": UNKNOWN, "vit.embeddings.position_embeddings": UNKNOWN},
     "convnext": {"convnext.encoder.stages.?.layers.0.layer_scale_parameter": UNKNOWN},
@@ -87,8 +89,8 @@ def test_transformers_parameters_are_drawn_or_left_alone_with_a_reason(name: str
     for entry in report.left_alone:
         pattern = next((pattern for pattern in expected if fnmatchcase(entry.name, pattern)), None)
         assert pattern, f"{entry.name} was left alone: {entry.reason}"
-        assert entry.reason == expected[pattern]
-        assert bool(entry.advice) == (entry.reason == UNKNOWN)
+        assert entry.reason.startswith(expected[pattern])
+        assert bool(entry.advice) == (entry.reason == UNKNOWN or expected[pattern] == OWN_SCALE)
         used.add(pattern)
     assert used == set(expected)
     kept = [entry.name for entry in report.left_alone if "tied" not in entry.reason]
