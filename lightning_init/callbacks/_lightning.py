@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -88,7 +87,7 @@ def refuse_to_stay_on_meta(trainer: Trainer, module: LightningModule) -> None:
         *classes("strategies", "ModelParallelStrategy"),
         *classes("strategies", "DeepSpeedStrategy"),
     )
-    is_configured = is_overridden("configure_model", module)
+    is_configured = type(module).configure_model.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
     is_meta = any(parameter.is_meta for parameter in module.parameters())
     if is_meta and not is_configured and not isinstance(trainer.strategy, gives_memory):
         give_memory: Callable[..., object] = module._apply

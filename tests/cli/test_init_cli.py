@@ -167,7 +167,7 @@ WRONG = [
     (
         ["--init.shceme=zeros"],
         {},
-        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head; "
+        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head, strict; "
         "did you mean 'scheme'?",
     ),
     (
