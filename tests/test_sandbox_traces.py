@@ -130,7 +130,8 @@ def state_of(value: object) -> object:
 
 
 def random_states() -> tuple[object, ...]:
-    return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    _, words, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), (words.tolist(), *rest)
 
 
 QUESTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {

@@ -167,8 +167,8 @@ WRONG = [
     (
         ["--init.shceme=zeros"],
         {},
-        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head, strict; "
-        "did you mean 'scheme'?",
+        "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head, "
+        "strict; did you mean 'scheme'?",
     ),
     (
         [],
