@@ -221,10 +221,10 @@ def blocks_drawn(dim: int) -> list[int]:
     drawn = []
     draw = Block.draw
 
-    def counted(block: Block, *args: Any) -> torch.Tensor:
+    def counted(block: Block, *args: Any, **options: Any) -> torch.Tensor:
         if len(block) == BLOCK:  # shorter ones are drawn to compare streams between ranks
             drawn.append(block.number)
-        return draw(block, *args)
+        return draw(block, *args, **options)
 
     Block.draw = counted
     placed((4 * BLOCK // 64, 64), dim)
