@@ -7,6 +7,7 @@ of a fit: what the Trainer is like, what happens before training, where the loop
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -230,6 +231,20 @@ def step_number(trainer: Trainer) -> int:
     The public ``global_step`` counts the steps of every optimizer.
     """
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def steps_per_epoch(trainer: Trainer) -> float:
+    """How many optimizer steps an epoch has; infinite where nobody knows yet, as before the data are set up."""
+    loaders = (
+        trainer.fit_loop._data_source.dataloader() if trainer.train_dataloader is None else trainer.train_dataloader
+    )
+    try:
+        batches = min(
+            len(loaders), trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) else 1e9
+        )
+    except Exception:  # any object may stand here
+        return math.inf
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def step_ends_with_this_batch(trainer: Trainer) -> bool:

@@ -18,9 +18,10 @@ from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.session import FitSession
 from lightning_init.checks import check_list
 from lightning_init.introspect.layers import find_layers, select_layers
+from lightning_init.monitor.eager import restore_stance
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
-from lightning_init.monitor.statistics import LayerStats, StatName, chosen_stats
+from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, chosen_stats
 from lightning_init.show.loggers import StatisticsWriter
 
 P = ParamSpec("P")
@@ -55,7 +56,7 @@ def _guarded(
 class ActivationVarianceMonitor(Callback):
     """Logs, layer by layer, whether the signal and its gradient stay healthy while a model trains.
 
-    On the first step and every n-th after it, hooks record each layer's output and the gradient that comes back; the
+    On the first step of every fit and every n-th step of the training, hooks record each layer's output and the gradient that comes back; the
     numbers of all ranks and micro-batches are added up and written to every logger of the Trainer:
 
     ========================== ================================================================================
@@ -138,6 +139,7 @@ class ActivationVarianceMonitor(Callback):
             return
         if reason := _lightning.why_nothing_is_written(trainer):
             rank_zero_warn(f"ActivationVarianceMonitor only fills its .latest, because {reason}.")
+        self._warn_of_watchers(trainer, interval)
         device = trainer.strategy.root_device
         try:
             layers = find_layers(pl_module)
@@ -155,7 +157,8 @@ class ActivationVarianceMonitor(Callback):
         assert session is not None
         session.stop_recording()
         step = _lightning.step_number(trainer)
-        if step % session.interval:
+        is_due = step % session.interval == 0 or session.is_owed or step == session.step
+        if not is_due:
             session.step = None
             return
         session.gradients_taken, is_first_batch = False, step != session.step
@@ -221,7 +224,7 @@ class ActivationVarianceMonitor(Callback):
         step = _lightning.step_number(trainer)
         if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
             return
-        session.step = None
+        session.step, session.is_owed = None, False
         if session.recorder.unannounced_gradients and not session.backward_announced:
             session.warn_once(
                 "backward",
@@ -268,7 +271,26 @@ class ActivationVarianceMonitor(Callback):
     def _end_session(self) -> None:
         if self._session is not None:
             self._session.stop_recording()
+            restore_stance()
         self._session = None
+
+    def _warn_of_watchers(self, trainer: Trainer, interval: int) -> None:
+        """Say at fit start what other callbacks wait for in vain, or will see the same number of several times."""
+        for callback in _lightning.callbacks_of(trainer):
+            watched = getattr(callback, "monitor", None)
+            stat = watched.partition("/")[0] if isinstance(watched, str) else ""
+            if stat not in STATISTICS:
+                continue
+            name = type(callback).__name__
+            if stat not in self.stats:
+                rank_zero_warn(
+                    f"{name} watches {watched!r}, but ActivationVarianceMonitor's stats are without {stat!r}."
+                )
+            elif hasattr(callback, "patience") and interval > _lightning.steps_per_epoch(trainer):
+                rank_zero_warn(
+                    f"{name} looks at {watched!r} once an epoch, but ActivationVarianceMonitor logs every {interval} "
+                    "steps: its patience counts the same number again. Set every_n_steps to the steps of an epoch or less."
+                )
 
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""
@@ -279,6 +301,7 @@ class ActivationVarianceMonitor(Callback):
                 f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "
                 "as it does while it adapts, and the optimizer skips the step.",
             )
+            session.is_owed = True  # the next step has them
             tags = {tag: value for tag, value in tags.items() if not tag.startswith("gradient_")}
         self._latest = tags
         aggregates = _aggregates(tags, stats)
@@ -288,6 +311,12 @@ class ActivationVarianceMonitor(Callback):
             if session.writer is None:
                 session.writer = self._new_writer(session, trainer)
             session.writer.write(tags, step, stats.histograms)
+            for name, error in session.writer.failures().items():
+                session.warn_once(
+                    f"logger {name}",
+                    f"writes nothing more to {name}, which failed twice; the other loggers go on. "
+                    f"{type(error).__name__}: {error}",
+                )
 
     def _new_writer(self, session: FitSession, trainer: Trainer) -> StatisticsWriter:
         """A writer to the Trainer's loggers; warns of layers whose statistics it will not get."""
@@ -322,7 +351,9 @@ def _aggregates(tags: dict[str, float], stats: LayerStats) -> dict[str, float]:
     for stat in ("activation_variance", "signal_variance", "gradient_variance", "dead_units"):
         row = stats.values.get(stat)
         if row and f"{stat}/{next(iter(row))}" in tags:
-            found[f"{stat}/min"], found[f"{stat}/max"] = min(row.values()), max(row.values())
+            least, most = min(row.values()), max(row.values())
+            nan = next((value for value in row.values() if math.isnan(value)), None)  # which no comparison finds
+            found[f"{stat}/min"], found[f"{stat}/max"] = (least, most) if nan is None else (nan, nan)
     return found
 
 

@@ -24,6 +24,7 @@ class FitSession:
         recorder: records and exchanges the statistics.
         interval: steps from one logged step to the next.
         writer: writes to the Trainer's loggers; made when there is something to write.
+        is_owed: the next step is logged, whatever its number: a fit's first, or one whose gradients overflowed.
         step: the logged step whose micro-batches are being recorded; None between logged steps.
         gradients_taken: whether this step's parameter gradients have been recorded for the last time.
         recording: whether hooks are on the model and gradients are still to be recorded.
@@ -36,6 +37,7 @@ class FitSession:
     recorder: Recorder
     interval: int
     writer: StatisticsWriter | None = None
+    is_owed: bool = True
     step: int | None = None
     gradients_taken: bool = False
     recording: bool = False
@@ -59,7 +61,13 @@ class FitSession:
                 self.recorder.fail("after the optimizer's step", error)
             self.step_handles.pop(optimizer).remove()
 
-        if optimizer not in self.step_handles:
+        if not hasattr(optimizer, "register_step_post_hook"):
+            self.warn_once(
+                f"optimizer {type(optimizer).__name__}",
+                f"cannot see the steps of {type(optimizer).__name__}, which takes no hooks: update_ratio and "
+                "gradient_norm_clipped are without its parameters.",
+            )
+        elif optimizer not in self.step_handles:
             self.step_handles[optimizer] = optimizer.register_step_post_hook(after)
 
     def stop_recording(self) -> None:

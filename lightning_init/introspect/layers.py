@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,12 +26,14 @@ class Layer:
         module: the module itself.
         activation: what it does to numbers; None for a module with parameters.
         parameters: its own, and those of inner modules that are no layers themselves (``out_proj``, parametrizations).
+        is_compiled: some part of the model is under ``torch.compile``.
     """
 
     name: str
     module: nn.Module
     activation: ActivationTraits | None
     parameters: tuple[nn.Parameter, ...]
+    is_compiled: bool = False
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -40,6 +43,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
     Multi-head attention and recurrent networks are one layer each; ``parametrizations`` belong to their module.
     """
     layers: list[Layer] = []
+    compiled = _is_compiled(model)
     inside: set[nn.Module] = set()  # these belong to a layer and are none themselves
     for name, module in clean_modules(model):
         if not name or module in inside:
@@ -48,9 +52,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
         inside.update(belonging)
         own = [parameter for owner in (module, *belonging) for parameter in owner.parameters(recurse=False)]
         if own:
-            layers.append(Layer(name, module, None, tuple(dict.fromkeys(own))))
+            layers.append(Layer(name, module, None, tuple(dict.fromkeys(own)), compiled))
         elif activation := activation_of(module):
-            layers.append(Layer(name, module, activation, ()))
+            layers.append(Layer(name, module, activation, (), compiled))
     return layers
 
 
@@ -77,6 +81,15 @@ def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``model.named_modules()`` under the names a user wrote: ``0``, not ``0._orig_mod``, for a compiled module."""
     for path, module in model.named_modules():
         yield clean_name(model, path) if path else "", module
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether a module inside was given to ``torch.compile``, or compiled in place."""
+    dynamo = sys.modules.get("torch._dynamo")  # else nothing can have been compiled, and it is slow to import
+    return dynamo is not None and any(
+        isinstance(module, dynamo.OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
 
 
 def _modules_belonging_to(module: nn.Module) -> list[nn.Module]:

@@ -1,14 +1,13 @@
-"""Hooks on layers that record sums of every output and of its gradient, and keep no tensor alive.
+"""Hooks that record sums of every layer's output and of its gradient, and keep no tensor alive.
 
-While an :class:`ActivationCollector` is attached, each layer has a forward hook. It records the output's moments, and
-puts a second hook where autograd will deliver the gradient of that output. What is recorded are a few sums per layer
+While an :class:`ActivationCollector` is attached, a hook is called after each layer. It records the output's moments
+and puts a second hook where autograd will deliver the gradient of that output. What is recorded are a few sums per layer
 (:class:`LayerRecord`); the tensors themselves are freed as early as without hooks.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.distributed.shards import UnitShard, local_numbers
 from lightning_init.introspect.layers import Layer
+from lightning_init.monitor.eager import hold_eager, release_eager
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
 from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import STATISTICS, measures_of
@@ -73,39 +74,53 @@ class ActivationCollector:
         self._output_hooks = [_Hook(layer, self.record_output, on_fault) for layer in self.layers]
         self._gradient_hooks = {layer: _NodeHook(layer, self.record_gradient, on_fault) for layer in self.layers}
         self._units = UnitFinder()
+        self._has_own_hook: set[int] = set()
         self._hooked_bases: dict[int, weakref.ref[Tensor]] = {}
         self._reusable_sums: dict[str, Number] = {}
-        self._stance: Any = None
+        self._hook_of = {id(hook.layer.module): hook for hook in self._output_hooks}
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
-        """Put hooks on every layer, until ``detach``; until then, compiled code runs eagerly.
+        """Have every layer's outputs recorded, until ``detach``; until then, compiled code runs eagerly.
 
-        Code under ``torch.compile`` would not call hooks that it was not compiled with. What was compiled stays
-        compiled: after ``detach`` the same graphs run again, without graph breaks, new guards or recompilation.
+        One hook for all modules of the process, so that the model itself has none: a copy, a scripted or a saved one
+        is as it would be without, and code that asks whether a module has hooks gets the answer that it would get.
+        Only a module with hooks of others, which may change its output, gets one of its own, behind theirs; and so do
+        all of a compiled model, which would warn of the one for all.
 
         Args:
             should_record: asked at each call of a layer whether its output is recorded.
         """
         self.detach()
-        if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and the compiler is slow to import
-            self._stance = torch.compiler.set_stance("force_eager")
         self._should_record = should_record
-        for hook in self._output_hooks:
-            self._handles.append(hook.layer.module.register_forward_hook(hook))
-        for hook in self._weight_hooks:
-            self._handles.append(hook.layer.module.register_forward_pre_hook(hook))
+        try:
+            hold_eager(self)
+            apart = [hook for hook in self._output_hooks if hook.layer.is_compiled or has_hooks(hook.layer.module)]
+            self._has_own_hook = {id(hook.layer.module) for hook in apart}
+            for hook in apart:
+                self._handles.append(hook.layer.module.register_forward_hook(hook))
+            if len(apart) < len(self._output_hooks):
+                self._handles.append(register_module_forward_hook(self._after_any_module))
+            for hook in self._weight_hooks:
+                self._handles.append(hook.layer.module.register_forward_pre_hook(hook))
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Take every hook off, and let compiled code run compiled again. What was recorded stays."""
-        stance, self._stance = self._stance, None
-        if stance is not None:
-            stance.__exit__(None, None, None)
+        release_eager(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._hooked_bases.clear()
         self._units.forget()
         self.gradient_factor = None
+
+    def _after_any_module(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Called when any module of the process has returned ``output``."""
+        hook = self._hook_of.get(id(module))
+        if hook is not None and id(module) not in self._has_own_hook:
+            hook(module, args, output)
 
     def drain(self) -> dict[str, LayerRecord]:
         """Hand over what was recorded, and begin anew."""
@@ -124,6 +139,8 @@ class ActivationCollector:
 
     def record_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
         """Called when a layer has returned ``output``."""
+        if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which would record what is measured
+            return
         recomputed = in_backward_pass()  # by activation checkpointing: recorded before, but only now with a gradient
         if not (recomputed or self._should_record()):
             return
@@ -233,6 +250,11 @@ def in_backward_pass() -> bool:
     The autograd engine numbers its runs, and -1 stands for none. PyTorch has no public name for the number.
     """
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody has put a hook on a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Hook:

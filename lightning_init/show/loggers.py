@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
@@ -36,6 +37,7 @@ class StatisticsWriter:
         of_loggers = [(logger, _tensorboard_writer(logger)) for logger in loggers]
         self.writers = [writer for _, writer in of_loggers if writer is not None]
         self.others = [logger for logger, writer in of_loggers if writer is None]
+        self._failures: dict[str, Exception] = {}
         self._scalars = Summary()
         self._scalar_of: dict[str, Summary.Value] = {}
 
@@ -70,12 +72,26 @@ class StatisticsWriter:
             if histograms:
                 values = [Summary.Value(tag=f"histogram/{name}", histo=_proto(h)) for name, h in histograms.items()]
                 summary = Summary(value=[*summary.value, *values])
-            for writer in self.writers:
-                file_writer = writer._get_file_writer()  # type: ignore[no-untyped-call]
-                use_compiled_checksums(file_writer)
-                file_writer.add_summary(summary, step)
-        for logger in self.others:
-            logger.log_metrics(dict(tags), step=step)
+            for writer in list(self.writers):
+                self._attempt(writer, self.writers, partial(_add_summary, writer, summary, step))
+        for logger in list(self.others):
+            self._attempt(logger, self.others, partial(logger.log_metrics, dict(tags), step=step))
+
+    def failures(self) -> dict[str, Exception]:
+        """By name, the loggers that have failed since this was asked last; they get nothing any more."""
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def _attempt(self, logger: Any, among: list[Any], write: Callable[[], object]) -> None:
+        """Write once more if it fails, then do without this logger: the others go on."""
+        try:
+            write()
+        except Exception:
+            try:
+                write()
+            except Exception as error:
+                among.remove(logger)
+                self._failures[type(logger).__name__] = error
 
     def _scalars_of(self, tags: Mapping[str, float]) -> Summary:
         """``tags`` as a TensorBoard message. If the tags are those of the last step, its message is filled again."""
@@ -85,6 +101,12 @@ class StatisticsWriter:
         for tag, value in tags.items():
             self._scalar_of[tag].simple_value = value
         return self._scalars
+
+
+def _add_summary(writer: Any, summary: Summary, step: int) -> None:
+    file_writer = writer._get_file_writer()
+    use_compiled_checksums(file_writer)
+    file_writer.add_summary(summary, step)
 
 
 def _proto(histogram: Histogram) -> HistogramProto:

@@ -170,8 +170,15 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_C": "home of the one below",
         "_base": "tells a view from its base",
         "_current_graph_task_id": "tells one backward pass from another",
-        "torch._dynamo": "dynamo's flag for compiled code that runs eagerly",
+        "_forward_hooks": "tells whether somebody else may change what a module returns",
+        "_forward_pre_hooks": "likewise",
+        "_get_tracing_state": "tells whether torch.jit.trace records, without an import",
     },
+    "introspect/layers.py": {
+        "_compiled_call_impl": "what tells a module that was compiled in place",
+        "torch._dynamo": "only in sys.modules: home of OptimizedModule",
+    },
+    "monitor/eager.py": {"torch._dynamo": "only in sys.modules: whether anything can have been compiled"},
     "monitor/units.py": {
         "_version": "tells whether a tensor was changed in place since",
         "torch._C._functorch": "tells tensors inside torch.func, whose elements cannot be read",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
@@ -39,7 +40,9 @@ def fit(
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
-    return [hook for m in module.modules() for hook in m._forward_hooks.values()]
+    """Those on the module, and those that are called after every module of the process."""
+    everywhere = list(torch.nn.modules.module._global_forward_hooks.values())
+    return [*everywhere, *(hook for m in module.modules() for hook in m._forward_hooks.values())]
 
 
 class At(Callback):
