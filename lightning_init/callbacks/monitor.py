@@ -56,8 +56,9 @@ def _guarded(
 class ActivationVarianceMonitor(Callback):
     """Logs, layer by layer, whether the signal and its gradient stay healthy while a model trains.
 
-    On the first step of every fit and every n-th step of the training, hooks record each layer's output and the gradient that comes back; the
-    numbers of all ranks and micro-batches are added up and written to every logger of the Trainer:
+    On the first step of every fit and every n-th step of the training, hooks record each layer's output and the
+    gradient that comes back; the numbers of all ranks and micro-batches are added up and written to every logger of the
+    Trainer:
 
     ========================== ================================================================================
     ``activation_variance``    population variance of all elements of the output
@@ -235,6 +236,11 @@ class ActivationVarianceMonitor(Callback):
                 self._publish(session, trainer, stats, step)
         except Exception as error:
             session.recorder.fail("writing", error)
+        left_out = {} if session.recorder.disabled_reason else session.recorder.left_out
+        for layer, why in left_out.items():
+            session.warn_once(
+                f"layer {layer}", f"leaves out {layer!r}, which cannot be measured; all others go on. {why}"
+            )
         # what failed after the collective is said now, though the other ranks learn of it only at the next one
         session.warn_of_fault(session.recorder.disabled_reason or session.recorder.local_error)
 
@@ -289,7 +295,7 @@ class ActivationVarianceMonitor(Callback):
             elif hasattr(callback, "patience") and interval > _lightning.steps_per_epoch(trainer):
                 rank_zero_warn(
                     f"{name} looks at {watched!r} once an epoch, but ActivationVarianceMonitor logs every {interval} "
-                    "steps: its patience counts the same number again. Set every_n_steps to the steps of an epoch or less."
+                    "steps: its patience counts the same number again. Set every_n_steps to an epoch's steps or less."
                 )
 
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:

@@ -1,8 +1,8 @@
 """Hooks that record sums of every layer's output and of its gradient, and keep no tensor alive.
 
 While an :class:`ActivationCollector` is attached, a hook is called after each layer. It records the output's moments
-and puts a second hook where autograd will deliver the gradient of that output. What is recorded are a few sums per layer
-(:class:`LayerRecord`); the tensors themselves are freed as early as without hooks.
+and puts a second hook where autograd will deliver the gradient of that output. What is recorded are a few sums per
+layer (:class:`LayerRecord`); the tensors themselves are freed as early as without hooks.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class ActivationCollector:
         self._gradient_hooks = {layer: _NodeHook(layer, self.record_gradient, on_fault) for layer in self.layers}
         self._units = UnitFinder()
         self._has_own_hook: set[int] = set()
+        self._left_out: set[str] = set()
         self._hooked_bases: dict[int, weakref.ref[Tensor]] = {}
         self._reusable_sums: dict[str, Number] = {}
         self._hook_of = {id(hook.layer.module): hook for hook in self._output_hooks}
@@ -122,6 +123,10 @@ class ActivationCollector:
         if hook is not None and id(module) not in self._has_own_hook:
             hook(module, args, output)
 
+    def leave_out(self, layers: Iterable[str]) -> None:
+        """Record nothing more of these layers."""
+        self._left_out.update(layers)
+
     def drain(self) -> dict[str, LayerRecord]:
         """Hand over what was recorded, and begin anew."""
         records, self.records, self.unannounced_gradients = self.records, {}, 0
@@ -139,6 +144,8 @@ class ActivationCollector:
 
     def record_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
         """Called when a layer has returned ``output``."""
+        if layer.name in self._left_out:
+            return
         if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which would record what is measured
             return
         recomputed = in_backward_pass()  # by activation checkpointing: recorded before, but only now with a gradient
@@ -158,6 +165,8 @@ class ActivationCollector:
     def record_gradient(self, layer: Layer, gradient: Tensor) -> None:
         """Called with the gradient of one output, as the backward pass computed it: of this rank's, scaled loss."""
         factor = self.gradient_factor
+        if layer.name in self._left_out:
+            return
         if factor is None:  # torch.autograd.grad inside the forward pass, or a loss.backward() nobody announced
             self.unannounced_gradients += 1
             return

@@ -36,6 +36,7 @@ class _RankState(NamedTuple):
 
     slots: list[Slot]
     local_error: str | None
+    left_out: dict[str, str]
 
 
 def unscaled() -> float:
@@ -54,6 +55,9 @@ class Recorder:
     that no other rank waits for it in vain, and the next exchange tells all ranks to stop: it sets
     ``disabled_reason``.
 
+    A hook that fails costs its layer only: all ranks leave it out from the same step on. If no layer is left, the
+    first such failure is a rank's error like any other.
+
     Args:
         layers: what is recorded.
         stats: which statistics, names of :data:`~lightning_init.monitor.statistics.StatName` without "default".
@@ -62,6 +66,7 @@ class Recorder:
     Attributes:
         local_error: the first thing that failed on this rank.
         disabled_reason: why all ranks have stopped, once they have.
+        left_out: by name, the layers that no rank records any more, and why.
     """
 
     def __init__(self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device) -> None:
@@ -71,6 +76,8 @@ class Recorder:
         self.needs_post_step = any(STATISTICS[stat].needs_step for stat in stats)
         self.local_error: str | None = None
         self.disabled_reason: str | None = None
+        self.left_out: dict[str, str] = {}
+        self._failed_hooks: dict[str, str] = {}
         self._collector = ActivationCollector(layers, stats, on_fault=self._fail_in_hook)
         self._norms = ParameterNorms(layers, stats, world_size())
         self._layout: VectorLayout | None = None
@@ -80,6 +87,7 @@ class Recorder:
     def silent_layers(self) -> list[str]:
         """Layers of which no rank has recorded an output so far."""
         known = {
+            *self.left_out,
             *(self._layout.layers if self._layout else ()),
             *self._collector.partial_layers,
             *self._collector.returned_child_output,
@@ -171,14 +179,22 @@ class Recorder:
         Known slots stay, but not those of a layer that has only come with other numbers of units now: if its "units"
         are the positions of a sequence, the vector would grow with every new length.
         """
-        ranks = all_gather_object(_RankState(slots_of(records), self.local_error))
+        ranks = all_gather_object(_RankState(slots_of(records), self.local_error, self._failed_hooks))
         errors = [f"rank {rank}: {state.local_error}" for rank, state in enumerate(ranks) if state.local_error]
+        for rank, state in enumerate(ranks):
+            for layer, why in state.left_out.items():
+                self.left_out.setdefault(layer, f"rank {rank}: {why}")
+        recorded = in_one_order([s for s in state.slots if s.layer not in self.left_out] for state in ranks)
+        if self.left_out and not recorded:
+            errors = errors or [next(iter(self.left_out.values()))]
         if errors:
             self.disabled_reason = "; ".join(errors)
             return
-        recorded = in_one_order(state.slots for state in ranks)
+        self._collector.leave_out(self.left_out)
+        for layer in self.left_out:
+            records.pop(layer, None)
         called = {slot.layer for slot in recorded}
-        known = self._layout.slots if self._layout else ()
+        known = [s for s in self._layout.slots if s.layer not in self.left_out] if self._layout else []
         slots = in_one_order([recorded, [slot for slot in known if slot in recorded or slot.layer not in called]])
         widths = {stat: m.width for stat, m in measures_of(self.stats).items() if m.adds_up == "sum"}
         self._layout = VectorLayout(slots, self._norms.size, self.device, widths)
@@ -207,7 +223,10 @@ class Recorder:
         """What this rank adds to the sum: what it has recorded, or if it has failed, a raised flag."""
         if self.local_error is None:
             try:
-                flags = [0.0, float(not layout.has_all_slots_of(records))]
+                is_unknown = (
+                    not layout.has_all_slots_of(records) or not self.left_out.keys() >= self._failed_hooks.keys()
+                )
+                flags = [0.0, float(is_unknown)]
                 return layout.pack(records, self._norms.packed(), flags)
             except Exception as error:
                 self.fail("packing", error)
@@ -216,4 +235,6 @@ class Recorder:
         return vector
 
     def _fail_in_hook(self, layer: str, error: Exception) -> None:
-        self.fail(f"hook on layer {layer!r}", error)
+        """That layer is left out from now on, and on all ranks after the next exchange."""
+        self._failed_hooks.setdefault(layer, f"hook on layer {layer!r}: {type(error).__name__}: {error}")
+        self._collector.leave_out([layer])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # no public name tells
+from torch._subclasses.fake_tensor import FakeTensor  # as exporting a model makes them
 from torch.distributed.tensor import DTensor
 
 from lightning_init.distributed.shards import UnitShard, unit_shard_from_weights, unit_shard_of
@@ -30,7 +31,12 @@ def first_floating(output: object) -> Tensor | None:
     Tensors whose elements cannot be read are passed over: sparse and nested ones, and those inside ``torch.func``.
     """
     if isinstance(output, Tensor):
-        readable = output.layout is torch.strided and not output.is_nested and not is_functorch_wrapped_tensor(output)
+        readable = (
+            output.layout is torch.strided
+            and not output.is_nested
+            and not is_functorch_wrapped_tensor(output)
+            and not isinstance(output, FakeTensor)
+        )
         return output if readable and output.is_floating_point() else None
     members: Iterable[object]
     if isinstance(output, (tuple, list)):  # asked before Mapping, whose isinstance is slow
@@ -125,13 +131,14 @@ class UnitFinder:
         if rule.units is None and layer.activation and (before := self._predecessor(args)):
             rule, shard = before.units.rule, before.units.shard
         units = _units_of(tensor, rule, shard)
-        self._latest = self._known[id(tensor)] = _KnownOutput(weakref.ref(tensor), tensor._version, layer, units)
+        version = -1 if tensor.is_inference() else tensor._version  # which such tensors do not have
+        self._latest = self._known[id(tensor)] = _KnownOutput(weakref.ref(tensor), version, layer, units)
         return units.dim, units.shard
 
     def is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
         """Whether a layer inside ``layer`` has returned this very tensor, unchanged since."""
         known = self._lookup(tensor)
-        if known is None or known.version != tensor._version:
+        if known is None or (not tensor.is_inference() and known.version != tensor._version):
             return False
         return known.layer.name.startswith(f"{layer.name}.")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
+from lightning_init.monitor import collector
 from tests.support.faults import FIND_LAYERS, MOMENTS_OF, PACK, STEP_RESULT, SUMS_OF_SQUARES, WRITE, break_on_this_rank
 from tests.support.models import DigitsMLP, digits
 from tests.support.oracle import BatchModule, MemoryLogger, assert_tags_close, expected_tags
@@ -39,7 +40,7 @@ def fit_with_fault(target: str | None, broken_rank: int, from_call: int) -> tupl
 FAULTS = [
     # and how many calls go well: none, or those of the first step on one rank
     (FIND_LAYERS, (0,)),
-    (MOMENTS_OF, (0, 10)),
+    (MOMENTS_OF, (0,)),
     (SUMS_OF_SQUARES, (0, 1)),
     (PACK, (0, 1)),
 ]
@@ -67,6 +68,45 @@ def test_fault_on_one_rank_ends_monitoring_on_all(target: str, where: str, from_
     for name, weight in plain_weights().items():
         assert torch.equal(weight, weights[name])
         assert torch.equal(weight, results[1][2][name])
+
+
+def fit_with_a_layer_that_fails(broken_rank: int | None) -> tuple[list[str], dict[int, dict[str, float]]]:
+    """The layer of ten units cannot be measured on one rank, from the second step on."""
+    calls, measure = 0, collector.moments_of
+
+    def measured(tensor: Tensor, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if dist.get_rank() == broken_rank and tensor.shape[-1] == 10 and calls > 10:
+            raise RuntimeError("bad luck")
+        return measure(tensor, *args)
+
+    collector.moments_of = measured
+    memory = MemoryLogger()
+    torch.manual_seed(0)
+    trainer = make_ddp_trainer(max_epochs=1, callbacks=[ActivationVarianceMonitor(1)], logger=memory)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(DigitsMLP(num_samples=256))
+    collector.moments_of = measure
+    return [str(w.message) for w in caught if "ActivationVarianceMonitor" in str(w.message)], memory.steps
+
+
+@pytest.mark.parametrize("broken_rank", [0, 1])
+def test_hook_that_fails_on_one_rank_costs_its_layer_on_all(broken_rank: int) -> None:
+    """The numbers of all other layers are those of a run in which nothing fails."""
+    (said, steps), (others, _) = run_ranks(fit_with_a_layer_that_fails, 2, broken_rank)
+    (message,) = said
+    assert message.startswith("ActivationVarianceMonitor leaves out 'network.4', which cannot be measured")
+    assert message.endswith(f"rank {broken_rank}: hook on layer 'network.4': RuntimeError: bad luck")
+    assert others == []
+    (_, whole), _ = run_ranks(fit_with_a_layer_that_fails, 2, None)
+    assert steps.keys() == whole.keys()
+    assert "activation_variance/network.4" in steps[0]
+    for step in list(whole)[1:]:
+        lost = {tag for tag in whole[step] if tag not in steps[step]}
+        assert lost == {f"{stat}/network.4" for stat in ("activation_variance", "signal_variance", "gradient_variance")}
+        assert {tag: steps[step][tag] for tag in steps[step]} == {tag: whole[step][tag] for tag in steps[step]}
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
     "monitor/eager.py": {"torch._dynamo": "only in sys.modules: whether anything can have been compiled"},
     "monitor/units.py": {
         "_version": "tells whether a tensor was changed in place since",
+        "torch._subclasses.fake_tensor": "tells the tensors that stand for others while a model is exported",
         "torch._C._functorch": "tells tensors inside torch.func, whose elements cannot be read",
     },
     "sandbox.py": {
