@@ -163,8 +163,6 @@ def _is_no_longer_uniform(candidate: Candidate, role: Role, slices: list[Tensor]
         ):
             return False
         is_single = candidate.site.parameter.dtype is torch.float32
-        if len(slices) > 1 and not any(map(_is_constant, slices)):
-            slices = [*slices, torch.cat(slices)]  # more numbers show more
         return all(any(_bias_has_moved(one, draw, is_single) for one in slices) for draw in usual)
     values = torch.cat(slices)
     return role.kind == "weight" and (
