@@ -66,21 +66,21 @@ def destinations(operations: Iterable[Operation], products: Sequence[Operation],
 
 
 class _Follower:
-    """Follows signals forward. What is added up belongs to one stream; streams that meet become one.
+    """Follows signals forward. What is added up belongs to one sum; sums that meet become one.
 
-    Products are numbered from 0 on and lookups after them; each begins a stream.
+    Products are numbered from 0 on and lookups after them; each begins a sum.
     """
 
     def __init__(self, products: Sequence[Operation], kinds: Kinds) -> None:
         self._numbers = {id(product): number for number, product in enumerate(products)}
         self._kinds = kinds
-        self._joined = list(range(len(products)))  # by stream: the one that it has become a part of, or itself
+        self._joined = list(range(len(products)))  # by sum: the one that it has become a part of, or itself
         self._summands = [1] * len(products)
         self._tables: list[dict[str, float]] = [{} for _ in products]
         self._names: dict[int, frozenset[str]] = {}  # of the tables that are looked up
         self._enlarged = [False] * len(products)
         self._reduced = [False] * len(products)
-        self._streams: dict[Value, frozenset[int]] = {}
+        self._sums: dict[Value, frozenset[int]] = {}
         self._factors: dict[Value, Mapping[int, float]] = {}  # of the products and lookups that alone make up a value
         self._scales: dict[Value, float] = {}  # by which a value was multiplied since it was made anew
 
@@ -95,12 +95,12 @@ class _Follower:
     def follow(self, operation: Operation) -> None:
         """Take one operation into account."""
         kinds, number = self._kinds, self._numbers.get(id(operation))
-        signals = [one for one in operation.inputs if one.is_data or one in self._streams]
+        signals = [one for one in operation.inputs if one.is_data or one in self._sums]
         if number is not None:
             self._reduced[number] = any(self._scales.get(one, 1.0) <= REDUCED for one in signals)
             self._give(operation, frozenset({number}), {number: 1.0})
         elif operation.name in kinds.lookups and any(one.parameters for one in operation.inputs):
-            number = self._new_stream(frozenset().union(*(one.parameters for one in operation.inputs)))
+            number = self._new_sum(frozenset().union(*(one.parameters for one in operation.inputs)))
             self._give(operation, frozenset({number}), {number: 1.0})
         elif operation.name in kinds.sums and len(signals) > 1:
             self._give(operation, self._added(signals), {})
@@ -112,8 +112,8 @@ class _Follower:
             for key in self._products_in(signals):
                 self._enlarged[key] |= max(one.get(key, 0.0) for one in self._factors_of(signals)) >= ENLARGED
 
-    def _new_stream(self, tables: frozenset[str]) -> int:
-        """Begin a stream with the rows of tables."""
+    def _new_sum(self, tables: frozenset[str]) -> int:
+        """Begin a sum with the rows of tables."""
         number = len(self._joined)
         self._joined.append(number)
         self._summands.append(0)
@@ -124,18 +124,18 @@ class _Follower:
     def _pass_on(self, operation: Operation, signals: Sequence[Value]) -> None:
         """What comes out is what went in, but for a constant factor."""
         factor = _factor(operation)
-        streams = frozenset(self._root(stream) for one in signals for stream in self._streams.get(one, ()))
+        sums = frozenset(self._root(number) for one in signals for number in self._sums.get(one, ()))
         factors = {key: old * factor for factors in self._factors_of(signals) for key, old in factors.items()}
         scale = factor * min((self._scales.get(one, 1.0) for one in signals), default=1.0)
         for key in self._products_in(signals):
             self._reduced[key] |= factors[key] <= REDUCED
-        self._give(operation, streams, factors, scale)
+        self._give(operation, sums, factors, scale)
 
     def _give(
-        self, operation: Operation, streams: frozenset[int], factors: Mapping[int, float], scale: float = 1.0
+        self, operation: Operation, sums: frozenset[int], factors: Mapping[int, float], scale: float = 1.0
     ) -> None:
         for output in operation.outputs:
-            self._streams[output], self._factors[output], self._scales[output] = streams, factors, scale
+            self._sums[output], self._factors[output], self._scales[output] = sums, factors, scale
 
     def _factors_of(self, signals: Iterable[Value]) -> list[Mapping[int, float]]:
         return [self._factors.get(one, {}) for one in signals]
@@ -145,13 +145,13 @@ class _Follower:
         return {key for factors in self._factors_of(signals) for key in factors if key < len(self._enlarged)}
 
     def _added(self, signals: Sequence[Value]) -> frozenset[int]:
-        """The one stream that those of these values become."""
+        """The one sum that those of these values become."""
         for factors in self._factors_of(signals):
             for key, factor in factors.items():
                 for name in self._names.get(key, ()):
                     tables = self._tables[self._root(key)]
                     tables[name] = max(factor, tables.get(name, 0.0))
-        roots = sorted({self._root(stream) for one in signals for stream in self._streams.get(one, ())})
+        roots = sorted({self._root(number) for one in signals for number in self._sums.get(one, ())})
         for root in roots[1:]:
             self._joined[root] = roots[0]
             self._summands[roots[0]] += self._summands[root]
@@ -159,11 +159,11 @@ class _Follower:
                 self._tables[roots[0]][name] = max(factor, self._tables[roots[0]].get(name, 0.0))
         return frozenset(roots[:1])
 
-    def _root(self, stream: int) -> int:
-        while self._joined[stream] != stream:
-            self._joined[stream] = self._joined[self._joined[stream]]
-            stream = self._joined[stream]
-        return stream
+    def _root(self, number: int) -> int:
+        while self._joined[number] != number:
+            self._joined[number] = self._joined[self._joined[number]]
+            number = self._joined[number]
+        return number
 
 
 def _factor(operation: Operation) -> float:

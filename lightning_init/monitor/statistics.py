@@ -186,6 +186,7 @@ class Statistic:
         needs_step: whether something has to be measured when the optimizer has stepped.
         in_default_set: whether it is logged if nothing is chosen.
         shown_as: "scalar" is written to every logger, "histogram" to TensorBoard only.
+        least: how many numbers it takes: one number has no variance, and a layer with fewer is left out.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Statistic:
     needs_step: bool = False
     in_default_set: bool = False
     shown_as: Literal["scalar", "histogram"] = "scalar"
+    least: Literal["one", "two", "two of each unit"] = "one"
 
 
 # What is measured on outputs
@@ -372,6 +374,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             source="output",
             finish=_activation_variance,
             in_default_set=True,
+            least="two",
         ),
         Statistic(
             name="signal_variance",
@@ -380,6 +383,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             source="output",
             finish=_signal_variance,
             in_default_set=True,
+            least="two of each unit",
         ),
         Statistic(
             name="gradient_variance",
@@ -388,6 +392,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             source="gradient",
             finish=_gradient_variance,
             in_default_set=True,
+            least="two",
         ),
         Statistic(
             name="gradient_norm",

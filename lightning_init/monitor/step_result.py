@@ -63,6 +63,8 @@ class StepResult:
         layers = list(layers)
         result = LayerStats({}, {})
         counts = {"output": self._sums.outputs.n.tolist(), "gradient": self._sums.gradients.n.tolist()}
+        outputs = self._sums.outputs
+        of_each_unit = (outputs.n / np.maximum(outputs.units, 1)).tolist()
         with np.errstate(all="ignore"):  # no elements, no variance: such layers are left out below
             for stat in chosen:
                 statistic = STATISTICS[stat]
@@ -72,7 +74,10 @@ class StepResult:
                     continue
                 rows = finished.tolist() if isinstance(finished, np.ndarray) else finished
                 of_layers = zip(self._layers, counts[statistic.source], rows, strict=True)
-                found = {name: row for name, n, row in of_layers if n}
+                least = 1 + (statistic.least != "one")
+                if statistic.least == "two of each unit":
+                    of_layers = zip(self._layers, of_each_unit, rows, strict=True)
+                found = {name: row for name, n, row in of_layers if n >= least}
                 if statistic.layers is not None:
                     fitting = {layer.name for layer in layers if statistic.layers(layer)}
                     found = {name: row for name, row in found.items() if name in fitting}

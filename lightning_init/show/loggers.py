@@ -20,6 +20,14 @@ def write_text(loggers: Iterable[Any], tag: str, text: str) -> None:
             writer.add_text(tag, text, 0)
 
 
+def _names_its_own(logger: Any) -> bool:
+    """Whether a TensorBoardLogger makes other tags or steps of what it is given, by a prefix or a method of its own."""
+    kinds: list[Any] = [kind for kind in type(logger).__mro__ if kind.__name__ == "TensorBoardLogger"]
+    if not kinds:
+        return False
+    return bool(getattr(logger, "_prefix", "")) or type(logger).log_metrics is not kinds[0].log_metrics
+
+
 def _tensorboard_writer(logger: Any) -> SummaryWriter | None:
     """What a logger writes to TensorBoard by, whatever the logger's class; None if it is of another kind."""
     experiment = getattr(logger, "experiment", None)
@@ -36,7 +44,9 @@ class StatisticsWriter:
     def __init__(self, loggers: Iterable[Any]) -> None:
         of_loggers = [(logger, _tensorboard_writer(logger)) for logger in loggers]
         self.writers = [writer for _, writer in of_loggers if writer is not None]
-        self.others = [logger for logger, writer in of_loggers if writer is None]
+        by_method = [logger for logger, writer in of_loggers if writer is None or _names_its_own(logger)]
+        self.others = by_method
+        self._without_scalars = {id(writer) for logger, writer in of_loggers if writer and logger in by_method}
         self._failures: dict[str, Exception] = {}
         self._scalars = Summary()
         self._scalar_of: dict[str, Summary.Value] = {}
@@ -68,12 +78,14 @@ class StatisticsWriter:
         if not tags and not histograms:
             return
         if self.writers:
-            summary = self._scalars_of(tags)
+            summary, only_histograms = self._scalars_of(tags), Summary()
             if histograms:
                 values = [Summary.Value(tag=f"histogram/{name}", histo=_proto(h)) for name, h in histograms.items()]
-                summary = Summary(value=[*summary.value, *values])
+                summary, only_histograms = Summary(value=[*summary.value, *values]), Summary(value=values)
             for writer in list(self.writers):
-                self._attempt(writer, self.writers, partial(_add_summary, writer, summary, step))
+                of_writer = only_histograms if id(writer) in self._without_scalars else summary
+                if of_writer.value:
+                    self._attempt(writer, self.writers, partial(_add_summary, writer, of_writer, step))
         for logger in list(self.others):
             self._attempt(logger, self.others, partial(logger.log_metrics, dict(tags), step=step))
 

@@ -232,3 +232,25 @@ class Teaching(nn.Module):
 def test_outputs_of_inference_mode_are_measured() -> None:
     steps = fit(DigitsModule(Teaching), ActivationVarianceMonitor(1), max_steps=2)
     assert {"activation_variance/network.teacher", "activation_variance/network.student"} <= steps[0].keys()
+
+
+def test_variance_of_one_number_is_absent() -> None:
+    """A batch of one sample has no variance over samples, and a loss with parameters is one number."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.centre = nn.Parameter(torch.zeros(8))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return (h - self.centre).square().mean()
+
+    net = nn.Sequential(nn.Linear(4, 8), Loss())
+    with observe(net) as watching:
+        net(torch.randn(1, 4)).backward()
+    values = watching.compute().values
+    assert values["signal_variance"] == {}
+    assert list(values["activation_variance"]) == ["0"]
+    with observe(net) as watching:
+        net(torch.randn(2, 4)).backward()
+    assert list(watching.compute().values["signal_variance"]) == ["0"]

@@ -196,7 +196,10 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_worker": "the same",
         "_writer": "the same",
     },
-    "show/loggers.py": {"_get_file_writer": "the way from a SummaryWriter to its file"},
+    "show/loggers.py": {
+        "_get_file_writer": "the way from a SummaryWriter to its file",
+        "_prefix": "what a logger of Lightning's puts before every tag",
+    },
 }
 """The only files that use private names of torch, Lightning and TensorBoard, which names, and why. Keep it short."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +99,25 @@ def test_step_of_an_event_has_only_its_numbers(tmp_path: Path) -> None:
     for tag in ("x/a", "x/b", "x/c"):
         told = [(step, tags[tag]) for step, tags in enumerate(steps) if tag in tags]
         assert [(event.step, event.value) for event in accumulator.Scalars(tag)] == told
+
+
+class PerSample(TensorBoardLogger):
+    """Counts samples, not steps."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, 32 * (step or 0))
+
+
+@pytest.mark.parametrize(
+    ("build", "tag", "step"),
+    [
+        (partial(TensorBoardLogger, prefix="fold1"), "fold1-activation_variance/a", 2),
+        (PerSample, "activation_variance/a", 64),
+    ],
+)
+def test_loggers_that_name_tags_or_steps_themselves_do_so(build: Any, tag: str, step: int, tmp_path: Path) -> None:
+    logger = build(tmp_path)
+    StatisticsWriter([logger]).write(TAGS, 2)
+    logger.experiment.flush()
+    (event,) = EventAccumulator(logger.log_dir).Reload().Scalars(tag)
+    assert (event.step, event.value) == (step, 1.5)
