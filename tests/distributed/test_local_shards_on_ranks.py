@@ -88,10 +88,10 @@ def blocks_per_rank(placement: Placement) -> tuple[list[int], bool]:
     drawn = []
     original = Block.draw
 
-    def counted(self: Block, *args: object) -> Tensor:
+    def counted(self: Block, *args: object, **options: object) -> Tensor:
         if len(self) > 16:  # the start of the stream, which ranks compare, has 16 values
             drawn.append(self.number)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     Block.draw = counted
     streams.BLOCK = 1000  # ten rows
