@@ -20,9 +20,6 @@ FAR_SCALE = 10
 LOWEST_GAIN, HIGHEST_GAIN = 0.5, 2.0
 """Of std·√fan, with any of the usual fans: PyTorch's own is 1/√3, the gain that is made for tanh 5/3."""
 
-NEARER = 0.5
-"""Share of what chance explains at most within which a number is likely to be the one that was meant."""
-
 USUAL_GAINS = (1.0, math.sqrt(2))
 """LeCun's and Xavier's; He's."""
 
@@ -114,19 +111,16 @@ def _is_habit(group: Sequence[tuple[Held, Role, Evidence, Fans]], groups: int) -
 
 
 def differs_from_default(role: Role, evidence: Evidence | None) -> bool:
-    """Whether a weight's scale is hardly what its module draws: by more than two and a half standard errors."""
-    if evidence is None or not _is_random(evidence):
-        return False
-    return not _is_near(evidence, role.default.target_std, NEARER)
+    """Whether a weight's scale is not what its module draws, beyond chance."""
+    return evidence is not None and _is_random(evidence) and not _is_default(role, evidence)
 
 
 def meant_scale(own: float, evidence: Evidence | None, usual: Iterable[float]) -> float:
     """The std that was meant by a measured one, as a number that every draw with it would give.
 
     A measured std differs from the one that was meant by chance, and in its last digits by the order of summation. So
-    the first of these is taken that lies within two and a half standard errors, or else five: the module's own; the
-    usual ones; the nearest of 1/√(a power of two) and numbers of one digit. Else it is rounded to as few digits as
-    change it by less than 2 %.
+    the first of these is taken that lies within five standard errors: the module's own; the usual ones; the nearest of
+    1/√(a power of two) and numbers of one digit. Else it is rounded to as few digits as change it by less than 2 %.
 
     Args:
         own: what the module itself draws.
@@ -138,11 +132,9 @@ def meant_scale(own: float, evidence: Evidence | None, usual: Iterable[float]) -
     measured, error = evidence.rms, _chance(evidence)
     round_numbers = [*(1 / math.sqrt(2**power) for power in range(30)), float(f"{measured:.1g}")]
     nearest = min(round_numbers, key=lambda std: abs(math.log(measured / std)))
-    likely = [std for std in (own, *usual, nearest) if std]
-    for errors in (NEARER, 1.0):  # what is nearer comes first
-        for std in likely:
-            if abs(measured / std - 1) <= errors * error:
-                return std
+    for std in (own, *usual, nearest):  # not the nearest of them, which would be another one for another draw
+        if std and abs(measured / std - 1) <= error:
+            return std
     rounded = [float(f"{measured:.{digits}g}") for digits in range(2, 5)]
     return next((std for std in rounded if abs(measured / std - 1) <= min(error, MOST_ROUNDING)), rounded[-1])
 
@@ -184,9 +176,9 @@ def _is_default(role: Role, evidence: Evidence) -> bool:
     return _is_near(evidence, role.default.target_std)
 
 
-def _is_near(evidence: Evidence, std: float, errors: float = 1.0) -> bool:
-    """Whether a measured std is this one, within so many times what chance explains at most."""
-    return std > 0 and abs(evidence.rms / std - 1) <= errors * _chance(evidence)
+def _is_near(evidence: Evidence, std: float) -> bool:
+    """Whether a measured std is this one, within what chance explains."""
+    return std > 0 and abs(evidence.rms / std - 1) <= _chance(evidence)
 
 
 def _are_alike(first: Evidence, second: Evidence) -> bool:
