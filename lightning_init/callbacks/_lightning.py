@@ -88,7 +88,7 @@ def refuse_to_stay_on_meta(trainer: Trainer, module: LightningModule) -> None:
         *classes("strategies", "ModelParallelStrategy"),
         *classes("strategies", "DeepSpeedStrategy"),
     )
-    is_configured = type(module).configure_model.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+    is_configured = not type(module).configure_model.__module__.startswith(NAMESPACES)
     is_meta = any(parameter.is_meta for parameter in module.parameters())
     if is_meta and not is_configured and not isinstance(trainer.strategy, gives_memory):
         give_memory: Callable[..., object] = module._apply
@@ -234,17 +234,9 @@ def step_number(trainer: Trainer) -> int:
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """How many optimizer steps an epoch has; infinite where nobody knows yet, as before the data are set up."""
-    loaders = (
-        trainer.fit_loop._data_source.dataloader() if trainer.train_dataloader is None else trainer.train_dataloader
-    )
-    try:
-        batches = min(
-            len(loaders), trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) else 1e9
-        )
-    except Exception:  # any object may stand here
-        return math.inf
-    return math.ceil(batches / trainer.accumulate_grad_batches)
+    """How many optimizer steps an epoch has, once training starts; infinite for data that come as a stream."""
+    batches = trainer.num_training_batches
+    return math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else math.inf
 
 
 def step_ends_with_this_batch(trainer: Trainer) -> bool:

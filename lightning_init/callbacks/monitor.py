@@ -140,7 +140,6 @@ class ActivationVarianceMonitor(Callback):
             return
         if reason := _lightning.why_nothing_is_written(trainer):
             rank_zero_warn(f"ActivationVarianceMonitor only fills its .latest, because {reason}.")
-        self._warn_of_watchers(trainer, interval)
         device = trainer.strategy.root_device
         try:
             layers = find_layers(pl_module)
@@ -149,6 +148,13 @@ class ActivationVarianceMonitor(Callback):
             self._session.recorder.fail("finding the layers", error)
         else:
             self._session = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+
+    @override
+    @_guarded
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when the data are known: says what callbacks that watch the numbers will not see."""
+        assert self._session is not None
+        self._warn_of_watchers(trainer, self._session.interval)
 
     @override
     @_guarded
@@ -281,7 +287,7 @@ class ActivationVarianceMonitor(Callback):
         self._session = None
 
     def _warn_of_watchers(self, trainer: Trainer, interval: int) -> None:
-        """Say at fit start what other callbacks wait for in vain, or will see the same number of several times."""
+        """Say what other callbacks wait for in vain, or will see the same number of several times."""
         for callback in _lightning.callbacks_of(trainer):
             watched = getattr(callback, "monitor", None)
             stat = watched.partition("/")[0] if isinstance(watched, str) else ""

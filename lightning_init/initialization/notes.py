@@ -22,7 +22,7 @@ _PARTS = (("real", "imag"), ("re", "im"), ("r", "i"))
 
 def notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[str]) -> list[str]:
     """Which weights got another gain than the scheme's for their place in the model, and which give its outputs."""
-    drawn = [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
+    drawn = _drawn_weights(plan)
     without = [
         one.name
         for one in drawn
@@ -38,8 +38,12 @@ def notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[st
 
 def notes_on_parts(plan: Sequence[Assignment]) -> list[str]:
     """Weights that look like several in one, or like one in two, so that the formula's fans may be others."""
-    drawn = [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
+    drawn = _drawn_weights(plan)
     return [*_packed(drawn), *_complex_pairs(drawn)]
+
+
+def _drawn_weights(plan: Iterable[Assignment]) -> list[Assignment]:
+    return [one for one in plan if one.is_drawn and one.role is not None and one.role.kind == "weight"]
 
 
 def _packed(drawn: Iterable[Assignment]) -> Iterator[str]:

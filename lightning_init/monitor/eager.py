@@ -53,10 +53,5 @@ def restore_stance() -> None:
     asked = torch.compiler.set_stance("force_eager")
     now = asked.prev
     asked.__exit__(None, None, None)
-    if now is _ours_stance():
+    if now is _ours.stance:
         _ours.__exit__(None, None, None)
-
-
-def _ours_stance() -> Any:
-    """What PyTorch holds while the change is in force."""
-    return _ours.stance

@@ -44,9 +44,8 @@ class StatisticsWriter:
     def __init__(self, loggers: Iterable[Any]) -> None:
         of_loggers = [(logger, _tensorboard_writer(logger)) for logger in loggers]
         self.writers = [writer for _, writer in of_loggers if writer is not None]
-        by_method = [logger for logger, writer in of_loggers if writer is None or _names_its_own(logger)]
-        self.others = by_method
-        self._without_scalars = {id(writer) for logger, writer in of_loggers if writer and logger in by_method}
+        self.others = [logger for logger, writer in of_loggers if writer is None or _names_its_own(logger)]
+        self._without_scalars = {id(writer) for logger, writer in of_loggers if writer and logger in self.others}
         self._failures: dict[str, Exception] = {}
         self._scalars = Summary()
         self._scalar_of: dict[str, Summary.Value] = {}
