@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.session import FitSession
 from lightning_init.checks import check_list
-from lightning_init.introspect.layers import find_layers, select_layers
+from lightning_init.introspect.layers import Parts, find_layers, select_layers
 from lightning_init.monitor.eager import restore_stance
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
@@ -144,10 +144,11 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._session = FitSession(Recorder([], self.stats, device), interval)
+            self._session = FitSession(Recorder([], self.stats, device), interval, Parts(pl_module))
             self._session.recorder.fail("finding the layers", error)
         else:
-            self._session = FitSession(Recorder(select_layers(layers, self.layers), self.stats, device), interval)
+            recorder = Recorder(select_layers(layers, self.layers), self.stats, device, layers)
+            self._session = FitSession(recorder, interval, Parts(pl_module))
 
     @override
     @_guarded
@@ -171,6 +172,7 @@ class ActivationVarianceMonitor(Callback):
         session.gradients_taken, is_first_batch = False, step != session.step
         session.step = step  # before anything can fail: a rank that fails still comes to the exchange
         if is_first_batch:
+            self._keep_up_with(session, pl_module)
             session.recorder.start_step()
         if session.recorder.local_error is None:
             session.start_recording(pl_module)
@@ -285,6 +287,15 @@ class ActivationVarianceMonitor(Callback):
             self._session.stop_recording()
             restore_stance()
         self._session = None
+
+    def _keep_up_with(self, session: FitSession, model: LightningModule) -> None:
+        """Watch the layers that the model has now, if they are others than at the last logged step."""
+        if session.parts.are_those_of(model):
+            return
+        session.parts = Parts(model)
+        found = find_layers(model)
+        session.recorder.watch(select_layers(found, self.layers, missing_ok=True), found)
+        session.warn_once("changed", "goes on with the model's present layers and parameters, which are new.")
 
     def _warn_of_watchers(self, trainer: Trainer, interval: int) -> None:
         """Say what other callbacks wait for in vain, or will see the same number of several times."""

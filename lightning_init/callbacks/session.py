@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.callbacks._lightning import in_training_step
+from lightning_init.introspect.layers import Parts
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.show.loggers import StatisticsWriter
 
@@ -23,6 +24,7 @@ class FitSession:
     Attributes:
         recorder: records and exchanges the statistics.
         interval: steps from one logged step to the next.
+        parts: what the model consisted of when its layers were found.
         writer: writes to the Trainer's loggers; made when there is something to write.
         is_owed: the next step is logged, whatever its number: a fit's first, or one whose gradients overflowed.
         step: the logged step whose micro-batches are being recorded; None between logged steps.
@@ -36,6 +38,7 @@ class FitSession:
 
     recorder: Recorder
     interval: int
+    parts: Parts
     writer: StatisticsWriter | None = None
     is_owed: bool = True
     step: int | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lightning_init.checks import did_you_mean
 from lightning_init.introspect.activations import ActivationTraits, activation_of
@@ -58,23 +59,53 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None) -> list[Layer]:
+def select_layers(layers: Sequence[Layer], patterns: Sequence[str] | None, *, missing_ok: bool = False) -> list[Layer]:
     """The layers whose name matches a glob of ``patterns`` (``["encoder.*", "head"]``), in their order.
 
     Args:
         layers: those to choose from.
         patterns: globs on full names; None selects all layers.
+        missing_ok: a pattern may match no layer.
 
     Raises:
-        ValueError: a pattern matches no layer.
+        ValueError: a pattern matches no layer, and may not.
     """
     if patterns is None:
         return list(layers)
     names = [layer.name for layer in layers]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not missing_ok and not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(_no_match(pattern, names))
     return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+
+
+class Parts:
+    """The modules and parameters that a model has now, to be compared with those that it has later.
+
+    A head that is replaced, a weight that is assigned or gets a parametrization, a layer that is appended: all of them
+    make layers that were found before wrong.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = _parts_of(model)
+
+    def are_those_of(self, model: nn.Module) -> bool:
+        """Whether ``model`` still has these. Takes less than a microsecond for each module."""
+        now = _parts_of(model)
+        return len(now) == len(self._parts) and all(map(_is_same_part, self._parts, now))
+
+
+def _parts_of(model: nn.Module) -> list[object]:
+    parts: list[object] = []
+    for module in model.modules():
+        parts.append(module)
+        parts += module._parameters.values()
+    return parts
+
+
+def _is_same_part(before: object, now: object) -> bool:
+    # what FSDP2 gathers from shards stands in the shards' place for as long as it is told to keep it
+    return before is now or (isinstance(before, DTensor) and isinstance(now, nn.Parameter))
 
 
 def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,11 +20,11 @@ class UnitRule(NamedTuple):
 
     Attributes:
         units: how many there should be; None if nothing tells.
-        dim: the dimension they usually have: from the front (1) or the back (-1, -3).
+        dim: the dimension they usually have: from the front (1) or the back (-1, -3); None if nothing tells.
     """
 
     units: int | None = None
-    dim: int = -1
+    dim: int | None = None
 
 
 def _conv(module: Any) -> UnitRule:
@@ -37,7 +37,12 @@ def _prelu(module: Any) -> UnitRule:
 
 
 def _rnn(module: Any) -> UnitRule:
-    return UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional))
+    return UnitRule((module.proj_size or module.hidden_size) * (1 + module.bidirectional), -1)
+
+
+def _layer_norm(module: Any) -> UnitRule:
+    # What is normalised together are the last dimensions, the units before the places of an image.
+    return UnitRule(module.normalized_shape[0], -len(module.normalized_shape))
 
 
 _RULES: tuple[tuple[type[nn.Module], Callable[[Any], UnitRule]], ...] = (
@@ -47,9 +52,11 @@ _RULES: tuple[tuple[type[nn.Module], Callable[[Any], UnitRule]], ...] = (
     (nn.InstanceNorm3d, lambda module: UnitRule(module.num_features, -4)),
     (_BatchNorm, lambda module: UnitRule(module.num_features, 1)),
     (nn.GroupNorm, lambda module: UnitRule(module.num_channels, 1)),
+    (nn.LayerNorm, _layer_norm),
+    (nn.RMSNorm, _layer_norm),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _rnn),
-    (nn.RNNCellBase, lambda module: UnitRule(module.hidden_size)),
+    (nn.RNNCellBase, lambda module: UnitRule(module.hidden_size, -1)),
 )
 """Module type, subclasses included, to its rule; the first entry that fits decides."""
 
@@ -58,18 +65,25 @@ def unit_rule(module: nn.Module) -> UnitRule:
     """The number of units of ``module`` and their usual dimension, from its type, attributes and parameters.
 
     A module of an unknown type has as many units as its vectors (biases, scales) have elements, if all of them have
-    the same number. An activation, which has no parameters, gets the empty rule.
+    the same number; in which dimension is not known, nor is it of a subclass with a ``forward`` of its own. An
+    activation, which has no parameters, gets the empty rule.
 
     >>> unit_rule(nn.Conv2d(3, 16, 5)), unit_rule(nn.Linear(4, 8)), unit_rule(nn.ReLU())
-    (UnitRule(units=16, dim=-3), UnitRule(units=8, dim=-1), UnitRule(units=None, dim=-1))
+    (UnitRule(units=16, dim=-3), UnitRule(units=8, dim=-1), UnitRule(units=None, dim=None))
     """
     for module_type, rule in _RULES:
         if isinstance(module, module_type):
-            return rule(module)
+            return rule(module) if _has_forward_of_torch(type(module)) else UnitRule(rule(module).units)
     for attribute in ("out_features", "embedding_dim", "embed_dim"):  # Linear, Bilinear, Embedding, attention
         if isinstance(units := getattr(module, attribute, None), int):
-            return UnitRule(units)
+            return UnitRule(units, -1)
     return UnitRule(_units_of_unknown(module))
+
+
+def _has_forward_of_torch(kind: type[nn.Module]) -> bool:
+    """Whether a subclass of a class of torch's computes what that class does."""
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return owner.__module__.startswith("torch.")
 
 
 def _units_of_unknown(module: nn.Module) -> int | None:

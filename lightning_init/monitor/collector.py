@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from lightning_init.distributed.shards import UnitShard, local_numbers
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.eager import hold_eager, release_eager
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
-from lightning_init.monitor.record import LayerRecord
+from lightning_init.monitor.record import LayerRecord, Place
 from lightning_init.monitor.statistics import STATISTICS, measures_of
-from lightning_init.monitor.units import UnitFinder, first_floating
+from lightning_init.monitor.units import FoundUnits, UnitFinder, signal_of
 
 
 def always() -> bool:
@@ -41,9 +42,10 @@ class ActivationCollector:
         layers: whose outputs and gradients are recorded.
         stats: which statistics will be asked for; what none of them needs is not measured.
         on_fault: called with the layer's name and the exception if a hook fails; the forward pass goes on.
+        neighbours: other layers of the model. Nothing is recorded of them, but an activation's units are theirs.
 
     Attributes:
-        records: by layer, in the order of the layers' first calls.
+        records: by layer and place, in the order of their first calls.
         gradient_factor: what gradients are multiplied by; None while no backward pass was announced.
         unannounced_gradients: how many gradients came while ``gradient_factor`` was None.
         partial_layers: names of layers whose outputs or gradients were sums that ranks had not made yet.
@@ -56,9 +58,10 @@ class ActivationCollector:
         stats: Sequence[str],
         *,
         on_fault: Callable[[str, Exception], None],
+        neighbours: Iterable[Layer] = (),
     ) -> None:
         self.layers = list(layers)
-        self.records: dict[str, LayerRecord] = {}
+        self.records: dict[Place, LayerRecord] = {}
         self.gradient_factor: Number | None = None
         self.unannounced_gradients = 0
         self.partial_layers: dict[str, None] = {}
@@ -66,18 +69,20 @@ class ActivationCollector:
         self.with_gradients = any(STATISTICS[stat].source == "gradient" for stat in stats)
         self._should_record: Callable[[], bool] = always
         self._measures = measures_of(stats)
-        self._containers = _names_of_containers(self.layers)
+        self._neighbours = list(neighbours)
+        self._containers = _names_of_containers([*self.layers, *self._neighbours])
         self._on_fault = on_fault
         self._handles: list[RemovableHandle] = []
         sharded = [layer for layer in self.layers if any(isinstance(p, DTensor) for p in layer.parameters)]
         self._weight_hooks = [_Hook(layer, self.record_weight_shards, on_fault) for layer in sharded]
         self._output_hooks = [_Hook(layer, self.record_output, on_fault) for layer in self.layers]
-        self._gradient_hooks = {layer: _NodeHook(layer, self.record_gradient, on_fault) for layer in self.layers}
+        self._output_hooks += [_Hook(layer, self.note_output, _ignore) for layer in self._neighbours]
+        self._gradient_hooks: dict[Place, _NodeHook] = {}
         self._units = UnitFinder()
         self._has_own_hook: set[int] = set()
         self._left_out: set[str] = set()
         self._hooked_bases: dict[int, weakref.ref[Tensor]] = {}
-        self._reusable_sums: dict[str, Number] = {}
+        self._reusable_sums: dict[Place, Number] = {}
         self._hook_of = {id(hook.layer.module): hook for hook in self._output_hooks}
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
@@ -127,16 +132,16 @@ class ActivationCollector:
         """Record nothing more of these layers."""
         self._left_out.update(layers)
 
-    def drain(self) -> dict[str, LayerRecord]:
+    def drain(self) -> dict[Place, LayerRecord]:
         """Hand over what was recorded, and begin anew."""
         records, self.records, self.unannounced_gradients = self.records, {}, 0
         return records
 
-    def reuse(self, records: dict[str, LayerRecord]) -> None:
+    def reuse(self, records: dict[Place, LayerRecord]) -> None:
         """Overwrite the sums of ``records`` at the next logged step, instead of allocating: nobody reads them now."""
-        for name, record in records.items():
+        for place, record in records.items():
             for moments in record.outputs.values():
-                self._reusable_sums[name] = moments.sums
+                self._reusable_sums[place] = moments.sums
 
     def record_weight_shards(self, layer: Layer, module: nn.Module, args: Any) -> None:
         """Called before the forward pass of a layer whose weights are spread over ranks."""
@@ -151,18 +156,26 @@ class ActivationCollector:
         recomputed = in_backward_pass()  # by activation checkpointing: recorded before, but only now with a gradient
         if not (recomputed or self._should_record()):
             return
-        tensor = first_floating(output)
+        tensor = signal_of(output)
         if tensor is None:
             return
         if layer.name in self._containers and self._units.is_output_of_child(layer, tensor):
             self.returned_child_output.setdefault(layer.name)
             return
+        found = self._units.find(layer, args, tensor)
+        place = Place(layer.name, found.behind)
         if not recomputed:
-            self._record_moments(layer, args, tensor)
+            self._record_moments(layer, place, found, tensor)
         if self.with_gradients and tensor.requires_grad:
-            self._hook_gradient(layer, tensor)
+            self._hook_gradient(layer, place, tensor)
 
-    def record_gradient(self, layer: Layer, gradient: Tensor) -> None:
+    def note_output(self, layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        """Called when a layer of which nothing is recorded has returned ``output``: activations behind it ask."""
+        recording = in_backward_pass() or self._should_record()
+        if recording and torch._C._get_tracing_state() is None and (tensor := signal_of(output)) is not None:
+            self._units.find(layer, args, tensor)
+
+    def record_gradient(self, layer: Layer, place: Place, gradient: Tensor) -> None:
         """Called with the gradient of one output, as the backward pass computed it: of this rank's, scaled loss."""
         factor = self.gradient_factor
         if layer.name in self._left_out:
@@ -175,22 +188,33 @@ class ActivationCollector:
             self.partial_layers.setdefault(layer.name)
             return
         moments = scale(moments_of(local), factor)
-        record = self.records.get(layer.name) or self._new_record(layer)
+        record = self._record_of(place)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
-    def _record_moments(self, layer: Layer, args: Any, tensor: Tensor) -> None:
-        """Record an output's moments, and what else was asked for."""
-        dim, shard = self._units.find(layer, args, tensor)
+    def _record_moments(self, layer: Layer, place: Place, found: FoundUnits, tensor: Tensor) -> None:
+        """Record an output's moments, and what else was asked for.
+
+        Of a layer that is called with and without a graph in one step, only calls with one count: an agent that plays
+        a thousand moves under ``no_grad`` before it learns from sixteen would else be all that is seen.
+        """
         local = tensor if type(tensor) is Tensor else local_numbers(tensor)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return
-        record = self.records.get(layer.name) or self._new_record(layer)
-        if dim is None:
-            local, dim = local.reshape(1), 0
+        record, with_graph = self._record_of(place), torch.is_grad_enabled()
+        if record.with_graph and not with_graph:
+            return
+        if with_graph and not record.with_graph:
+            record.outputs.clear()
+            record.measured.clear()
+            record.with_graph = True
+        shard, dim = found.shard, found.dim
         # the sums of an earlier call in this step are in use
-        moments = moments_of(local, dim, None if record.outputs else self._reusable_sums.pop(layer.name, None))
-        if shard.held < shard.total:
+        moments = moments_of(local, dim, None if record.outputs else self._reusable_sums.pop(place, None))
+        if dim is None:
+            sums = torch.as_tensor(moments.sums, dtype=torch.float64, device=None if local.is_mps else local.device)
+            moments = moments._replace(sums=sums.reshape(1))
+        elif shard.held < shard.total:
             moments = _with_all_units(moments, shard)
         before = record.outputs.get(shard.total)
         record.outputs[shard.total] = merge(before, moments) if before else moments
@@ -205,11 +229,13 @@ class ActivationCollector:
                 before = record.measured.get(stat)
                 record.measured[stat] = measured if before is None else measure.merge(before, measured)
 
-    def _new_record(self, layer: Layer) -> LayerRecord:
-        record = self.records[layer.name] = LayerRecord()
+    def _record_of(self, place: Place) -> LayerRecord:
+        record = self.records.get(place)
+        if record is None:
+            record = self.records[place] = LayerRecord()
         return record
 
-    def _hook_gradient(self, layer: Layer, tensor: Tensor) -> None:
+    def _hook_gradient(self, layer: Layer, place: Place, tensor: Tensor) -> None:
         """Have the gradient of ``tensor`` recorded when it is computed.
 
         The hook goes on the autograd node that made the tensor, which costs less than half of a hook on the tensor.
@@ -228,12 +254,15 @@ class ActivationCollector:
                 tensor = base
         node = tensor.grad_fn
         if node is None:  # a module that returns its parameter; that outlives the batch, so the hook is removed later
-            hook = _Hook(layer, self.record_gradient, self._on_fault)
+            record = partial(self.record_gradient, layer, place)
+            hook = _Hook(layer, lambda _, gradient: record(gradient), self._on_fault)
             self._handles.append(tensor.register_hook(hook))  # type: ignore[no-untyped-call]
         elif (output_nr := tensor.output_nr) == 0:
-            node.register_prehook(self._gradient_hooks[layer])
+            if (of_place := self._gradient_hooks.get(place)) is None:
+                of_place = self._gradient_hooks[place] = _NodeHook(layer, place, self.record_gradient, self._on_fault)
+            node.register_prehook(of_place)
         else:
-            node.register_prehook(_NodeHook(layer, self.record_gradient, self._on_fault, output_nr))
+            node.register_prehook(_NodeHook(layer, place, self.record_gradient, self._on_fault, output_nr))
 
 
 def _names_of_containers(layers: Iterable[Layer]) -> set[str]:
@@ -292,28 +321,38 @@ class _Hook:
 
 
 class _NodeHook(_Hook):
-    """Before an autograd node runs backward, calls ``record(layer, gradient)`` for one of the node's outputs.
+    """Before an autograd node runs backward, calls ``record(layer, place, gradient)`` for one of the node's outputs.
 
     Args:
+        place: where the layer was called.
         output_nr: which of the node's outputs the layer returned, as ``Tensor.output_nr`` says.
     """
 
-    __slots__ = ("output_nr",)
+    __slots__ = ("output_nr", "place")
 
     def __init__(
-        self, layer: Layer, record: Callable[..., None], on_fault: Callable[[str, Exception], None], output_nr: int = 0
+        self,
+        layer: Layer,
+        place: Place,
+        record: Callable[..., None],
+        on_fault: Callable[[str, Exception], None],
+        output_nr: int = 0,
     ) -> None:
         super().__init__(layer, record, on_fault)
-        self.output_nr = output_nr
+        self.place, self.output_nr = place, output_nr
 
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         """Called with the gradients of all outputs of the node; None stands for an output the loss does not need."""
         try:
             gradient = gradients[self.output_nr]
             if gradient is not None:
-                self.record(self.layer, gradient)
+                self.record(self.layer, self.place, gradient)
         except Exception as error:
             self.on_fault(self.layer.name, error)
+
+
+def _ignore(layer: str, error: Exception) -> None:
+    """What becomes of the fault of a layer of which nothing is recorded."""
 
 
 def _no_hook(*args: Any) -> None:

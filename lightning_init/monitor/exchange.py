@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from lightning_init.distributed.ranks import all_reduce
 from lightning_init.monitor.moments import CentralMoments, Moments, Number, pack, shifted_to
 from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import OutputMeasure, measures_of
+from lightning_init.monitor.units import UNKNOWN_UNITS
+
+T = TypeVar("T")
 
 FAULT, UNKNOWN_SLOT, NUM_FLAGS = 0, 1, 2
 """Indices of the vector's flags: the number of ranks whose monitor has failed, the number of ranks that recorded a slot
@@ -27,10 +30,15 @@ the layout does not have; and how many flags there are."""
 
 
 class Slot(NamedTuple):
-    """A layer's outputs with one number of units."""
+    """A layer's outputs with one number of units, or with units that are not known."""
 
     layer: str
     units: int
+
+    @property
+    def num_sums(self) -> int:
+        """How many numbers Σx is: one of each unit, or one of all elements where units are not known."""
+        return 1 if self.units == UNKNOWN_UNITS else self.units
 
 
 class VectorLayout:
@@ -55,7 +63,8 @@ class VectorLayout:
     Attributes:
         size: of the vector. It depends on the model and the statistics, and not on the number of ranks.
         layers: names of the slots' layers, in execution order.
-        units: of each slot, int64 [slots]; ``units_on_device`` is the same on ``device``.
+        units: of each slot, float64 [slots]; NaN where they are not known.
+        num_sums: how many sums each slot has, int64 [slots]; ``num_sums_on_device`` is the same on ``device``.
         layer_of_slot: indices in ``layers``, int64 [slots].
         starts: where each slot's sums begin within ``sums``; None if a slot has no units, which ``reduceat`` cannot do.
         scratch: memory for one number of every unit, float64 [units].
@@ -69,7 +78,7 @@ class VectorLayout:
         self.widths = dict(widths or {})
         self.device = device
         num_slots, num_layers = len(self.slots), len(self.layers)
-        num_units = sum(slot.units for slot in slots)
+        num_units = sum(slot.num_sums for slot in slots)
 
         num_measured = num_layers * sum(self.widths.values())
         of_slots, of_layers = [num_slots] * 2, [num_layers] * 3
@@ -80,23 +89,24 @@ class VectorLayout:
         self.size = self.sums.stop
 
         index_of_layer = {layer: i for i, layer in enumerate(self.layers)}
-        self.units = np.array([slot.units for slot in slots], dtype=np.int64)
-        self.units_on_device = torch.from_numpy(self.units).to(device)
+        self.num_sums = np.array([slot.num_sums for slot in slots], dtype=np.int64)
+        self.num_sums_on_device = torch.from_numpy(self.num_sums).to(device)
+        self.units = np.array([np.nan if slot.units == UNKNOWN_UNITS else slot.units for slot in slots])
         self.layer_of_slot = np.array([index_of_layer[slot.layer] for slot in slots], dtype=np.int64)
-        none_empty = bool(slots) and all(slot.units for slot in slots)
-        self.starts = [s.start for s in _consecutive_slices([slot.units for slot in slots])] if none_empty else None
+        none_empty = bool(slots) and all(slot.num_sums for slot in slots)
+        self.starts = [s.start for s in _consecutive_slices([slot.num_sums for slot in slots])] if none_empty else None
 
         # memory that every step uses again
         self._vector = torch.empty(self.size, dtype=torch.float64, device=device)
         self.scratch = np.empty(num_units)
         self._known_slots = frozenset(slots)
-        zeros = torch.zeros(max((slot.units for slot in slots), default=1), dtype=torch.float64, device=device)
-        self._no_outputs = {slot.units: Moments(0, zeros[: slot.units], 0.0) for slot in slots}
+        zeros = torch.zeros(max((slot.num_sums for slot in slots), default=1), dtype=torch.float64, device=device)
+        self._no_outputs = {slot.units: Moments(0, zeros[: slot.num_sums], 0.0) for slot in slots}
 
     @functools.cached_property
     def _layers_on_device(self) -> tuple[Tensor, Tensor]:
         """The index of the layer of each slot and of each unit, int64 on the device."""
-        of_units = self.layer_of_slot.repeat(self.units)
+        of_units = self.layer_of_slot.repeat(self.num_sums)
         return torch.from_numpy(self.layer_of_slot).to(self.device), torch.from_numpy(of_units).to(self.device)
 
     def has_all_slots_of(self, records: Mapping[str, LayerRecord]) -> bool:
@@ -144,19 +154,14 @@ def _consecutive_slices(sizes: Sequence[int]) -> list[slice]:
     return [slice(end - size, end) for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
 
 
-def slots_of(records: Mapping[str, LayerRecord]) -> list[Slot]:
-    """The slots of ``records``, in the order of their first call."""
-    return [Slot(name, units) for name, record in records.items() for units in record.outputs]
-
-
-def in_one_order(orders: Iterable[Sequence[Slot]]) -> list[Slot]:
+def in_one_order(orders: Iterable[Sequence[T]]) -> list[T]:
     """All slots of all ranks in the first rank's order; a slot it lacks comes after the slot it follows on its rank.
 
     >>> in_one_order([["a", "c"], ["a", "b", "c"]])
     ['a', 'b', 'c']
     """
-    merged: list[Slot] = []
-    known: set[Slot] = set()
+    merged: list[T] = []
+    known: set[T] = set()
     for order in orders:
         if known.issuperset(order):
             continue  # the usual case, and the only one that has to be fast with many ranks

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_init.checks import check_list
 from lightning_init.distributed.ranks import world_size
-from lightning_init.introspect.layers import find_layers, select_layers
+from lightning_init.introspect.layers import Parts, find_layers, select_layers
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, chosen_stats
 
@@ -52,11 +52,17 @@ class observe:
                 "ActivationVarianceMonitor has all of them."
             )
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self._model = model
-        self._recorder = Recorder(select_layers(find_layers(model), layers), chosen, device)
+        self._model, self._patterns = model, layers
+        self._parts = Parts(model)
+        found = find_layers(model)
+        self._recorder = Recorder(select_layers(found, layers), chosen, device, found)
         self._stats: LayerStats | None = None
 
     def __enter__(self) -> observe:
+        if not self._parts.are_those_of(self._model):
+            self._parts = Parts(self._model)
+            found = find_layers(self._model)
+            self._recorder.watch(select_layers(found, self._patterns, missing_ok=True), found)
         self._recorder.start_step()
         self._stats = None
         self._recorder.attach()

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.moments import Number, add_up, has_fast_path, moments_of, needs_device_sync, pack
+from lightning_init.monitor.record import label_of
 from lightning_init.monitor.statistics import NormKind, norm_kinds_of
 
 
@@ -62,7 +63,9 @@ class ParameterNorms:
         self.world_size = world_size
         self._owned = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters))
         self._index = {parameter: index for index, parameter in enumerate(self._owned, 1)}  # 0 is for all others
-        by_owner = {layer.name: [self._index[p] for p in layer.parameters] for layer in layers if layer.parameters}
+        by_owner = {
+            label_of(layer.name): [self._index[p] for p in layer.parameters] for layer in layers if layer.parameters
+        }
         self._owners = list(by_owner)
         # the indices of the first owner's parameters, then the second's, and where each owner's begin
         self._members = np.array([index for indices in by_owner.values() for index in indices], dtype=np.int64)

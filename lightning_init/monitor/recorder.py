@@ -19,11 +19,10 @@ from lightning_init.monitor.exchange import (
     Slot,
     VectorLayout,
     in_one_order,
-    slots_of,
 )
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
-from lightning_init.monitor.record import LayerRecord
+from lightning_init.monitor.record import LayerRecord, Place, label_of
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, measures_of
 from lightning_init.monitor.step_result import StepResult
 
@@ -32,9 +31,19 @@ if TYPE_CHECKING:
 
 
 class _RankState(NamedTuple):
-    """What each rank tells the others when they agree on a layout, or on switching off."""
+    """What each rank tells the others when they agree on a layout, or on switching off.
 
-    slots: list[Slot]
+    Attributes:
+        outputs: where which number of units was recorded, in the order of the first calls.
+        num_norms: how many numbers this rank's norms are.
+        has_new_layers: whether the model has changed here since the last layout.
+        local_error: what has failed here.
+        left_out: by layer, why its hooks failed here.
+    """
+
+    outputs: list[tuple[Place, int]]
+    num_norms: int
+    has_new_layers: bool
     local_error: str | None
     left_out: dict[str, str]
 
@@ -62,6 +71,8 @@ class Recorder:
         layers: what is recorded.
         stats: which statistics, names of :data:`~lightning_init.monitor.statistics.StatName` without "default".
         device: where the summed vector lives.
+        model_layers: all layers of the model, if ``layers`` are only some: an activation has the units of the layer
+            behind which it is called.
 
     Attributes:
         local_error: the first thing that failed on this rank.
@@ -69,8 +80,9 @@ class Recorder:
         left_out: by name, the layers that no rank records any more, and why.
     """
 
-    def __init__(self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device) -> None:
-        self.layers = list(layers)
+    def __init__(
+        self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device, model_layers: Sequence[Layer] = ()
+    ) -> None:
         self.stats = tuple(stats)
         self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
         self.needs_post_step = any(STATISTICS[stat].needs_step for stat in stats)
@@ -78,17 +90,28 @@ class Recorder:
         self.disabled_reason: str | None = None
         self.left_out: dict[str, str] = {}
         self._failed_hooks: dict[str, str] = {}
-        self._collector = ActivationCollector(layers, stats, on_fault=self._fail_in_hook)
-        self._norms = ParameterNorms(layers, stats, world_size())
         self._layout: VectorLayout | None = None
         self._state: PackedState | None = None
+        self._names: dict[Place, str] = {}
+        self._layer_of: dict[str, str] = {}
+        self._has_new_layers = False
+        self.watch(layers, model_layers)
+
+    def watch(self, layers: Sequence[Layer], model_layers: Sequence[Layer] = ()) -> None:
+        """Record these layers from now on: the model's present ones, where it has changed. Nothing may be attached."""
+        self.layers = list(layers)
+        neighbours = [layer for layer in model_layers if layer not in self.layers]
+        self._collector = ActivationCollector(layers, self.stats, on_fault=self._fail_in_hook, neighbours=neighbours)
+        self._collector.leave_out(self.left_out)
+        self._norms = ParameterNorms(layers, self.stats, world_size())
+        self._has_new_layers = self._layout is not None
 
     @property
     def silent_layers(self) -> list[str]:
         """Layers of which no rank has recorded an output so far."""
         known = {
             *self.left_out,
-            *(self._layout.layers if self._layout else ()),
+            *(self._layer_of[name] for name in (self._layout.layers if self._layout else ())),
             *self._collector.partial_layers,
             *self._collector.returned_child_output,
         }
@@ -155,63 +178,97 @@ class Recorder:
         """Remember the first thing that went wrong."""
         self.local_error = self.local_error or f"{where}: {type(error).__name__}: {error}"
 
-    def exchange(self) -> LayerStats | None:
+    def exchange(self, *, keep: bool = False) -> LayerStats | None:
         """Sum the step over all ranks; None if a rank has failed, and then ``disabled_reason`` says why.
 
         A collective: every rank has to call it, failed or not.
+
+        Args:
+            keep: the next exchange sums what was recorded so far once more, with what comes until then.
         """
-        records = self._collector.drain()
+        records = self._collector.records if keep else self._collector.drain()
         if self._layout is None:
             self._agree(records)
         flags, result = self._sum_over_ranks(records)
         if flags[UNKNOWN_SLOT] and not flags[FAULT]:
             self._agree(records)
             flags, result = self._sum_over_ranks(records)
-        self._norms.clear()
-        self._collector.reuse(records)
+        if not keep:
+            self._norms.clear()
+            self._collector.reuse(records)
         if flags[FAULT]:
             self._agree({})
-        return result.stats(self.stats, self.layers) if result and not self.disabled_reason else None
+        if result is None or self.disabled_reason:
+            return None
+        by_name = {layer.name: layer for layer in self.layers}
+        return result.stats(self.stats, {name: by_name[layer] for name, layer in self._layer_of.items()})
 
-    def _agree(self, records: dict[str, LayerRecord]) -> None:
+    def _agree(self, records: dict[Place, LayerRecord]) -> None:
         """Tell each other all slots and errors, and make a layout of the slots, or stop.
 
         Known slots stay, but not those of a layer that has only come with other numbers of units now: if its "units"
         are the positions of a sequence, the vector would grow with every new length.
         """
-        ranks = all_gather_object(_RankState(slots_of(records), self.local_error, self._failed_hooks))
+        outputs = [(place, units) for place, record in records.items() for units in record.outputs]
+        here = _RankState(outputs, self._norms.size, self._has_new_layers, self.local_error, self._failed_hooks)
+        ranks = all_gather_object(here)
+        if any(state.has_new_layers for state in ranks):
+            self._names, self._layer_of, self._has_new_layers = {}, {}, True
         errors = [f"rank {rank}: {state.local_error}" for rank, state in enumerate(ranks) if state.local_error]
+        if not errors and len({state.num_norms for state in ranks}) > 1:
+            errors = ["ranks have models of different parameters"]
         for rank, state in enumerate(ranks):
             for layer, why in state.left_out.items():
                 self.left_out.setdefault(layer, f"rank {rank}: {why}")
-        recorded = in_one_order([s for s in state.slots if s.layer not in self.left_out] for state in ranks)
+        recorded = self._slots_of(state.outputs for state in ranks)
         if self.left_out and not recorded:
             errors = errors or [next(iter(self.left_out.values()))]
         if errors:
             self.disabled_reason = "; ".join(errors)
             return
         self._collector.leave_out(self.left_out)
-        for layer in self.left_out:
-            records.pop(layer, None)
+        for place in [place for place in records if place.layer in self.left_out]:
+            del records[place]
         called = {slot.layer for slot in recorded}
-        known = [s for s in self._layout.slots if s.layer not in self.left_out] if self._layout else []
+        before = self._layout.slots if self._layout and not self._has_new_layers else ()
+        known = [slot for slot in before if self._layer_of[slot.layer] not in self.left_out]
         slots = in_one_order([recorded, [slot for slot in known if slot in recorded or slot.layer not in called]])
         widths = {stat: m.width for stat, m in measures_of(self.stats).items() if m.adds_up == "sum"}
-        self._layout = VectorLayout(slots, self._norms.size, self.device, widths)
+        self._layout, self._has_new_layers = VectorLayout(slots, self._norms.size, self.device, widths), False
         from lightning_init.monitor.packed_state import PackedState  # loads torchmetrics
 
         self._state = PackedState(self.device)
 
-    def _sum_over_ranks(self, records: dict[str, LayerRecord]) -> tuple[list[float], StepResult | None]:
+    def _slots_of(self, outputs: Iterable[Sequence[tuple[Place, int]]]) -> list[Slot]:
+        """The slots of all ranks' outputs in one order, and the names of new places: ``relu``, ``relu:2``, ...
+
+        All ranks hear of places in the same order, so that all number them alike.
+        """
+        slots = []
+        wanted = ([output for output in one if output[0].layer not in self.left_out] for one in outputs)
+        for place, units in in_one_order(wanted):
+            if place not in self._names:
+                before = sum(layer == place.layer for layer in self._layer_of.values())
+                name = f"{place.layer}:{before + 1}" if before else label_of(place.layer)
+                self._names[place], self._layer_of[name] = name, place.layer
+            slots.append(Slot(self._names[place], units))
+        return slots
+
+    def _named(self, records: dict[Place, LayerRecord]) -> dict[str, LayerRecord]:
+        """``records`` by the names of places; a place that ranks have not agreed on yet gets one that no layout has."""
+        return {self._names.get(place, repr(place)): record for place, record in records.items()}
+
+    def _sum_over_ranks(self, records: dict[Place, LayerRecord]) -> tuple[list[float], StepResult | None]:
         """The one collective of a step and the one copy to the host: the flags, and what was recorded."""
         if self.disabled_reason or self._layout is None or self._state is None:
             return [0.0] * NUM_FLAGS, None
+        named = self._named(records)
         self._state.reset()
-        self._state.update(self._vector(self._layout, records))
+        self._state.update(self._vector(self._layout, named))
         total = self._state.compute()
-        second = SecondPass(self.stats, self._layout, records if self.local_error is None else {})
+        second = SecondPass(self.stats, self._layout, named if self.local_error is None else {})
         second.exchange(total, self.fail)
-        if self.local_error is None:
+        if self.local_error is None and not self._has_new_layers:
             try:
                 result = StepResult(total, self._layout, second, self._norms)
                 return result.flags, result
@@ -221,7 +278,10 @@ class Recorder:
 
     def _vector(self, layout: VectorLayout, records: dict[str, LayerRecord]) -> Tensor:
         """What this rank adds to the sum: what it has recorded, or if it has failed, a raised flag."""
-        if self.local_error is None:
+        flag = FAULT
+        if self._has_new_layers and self.local_error is None:  # its norms are not the layout's
+            flag = UNKNOWN_SLOT
+        elif self.local_error is None:
             try:
                 is_unknown = (
                     not layout.has_all_slots_of(records) or not self.left_out.keys() >= self._failed_hooks.keys()
@@ -231,7 +291,7 @@ class Recorder:
             except Exception as error:
                 self.fail("packing", error)
         vector = torch.zeros(layout.size, dtype=torch.float64, device=self.device)
-        vector[FAULT] = 1.0
+        vector[flag] = 1.0
         return vector
 
     def _fail_in_hook(self, layer: str, error: Exception) -> None:

@@ -100,7 +100,8 @@ class OutputSums(NamedTuple):
         sum: Σx.
         squares: Σx².
         unit_variances: Σ of the population variances of single units.
-        units: number of units. A module that is called at two widths has the units of both.
+        units: number of units. A module that is called at two widths has the units of both; NaN where units are not
+            known.
         unit_zeros: number of units whose sum is exactly 0: after a ReLU, those that were never positive.
     """
 
@@ -186,7 +187,8 @@ class Statistic:
         needs_step: whether something has to be measured when the optimizer has stepped.
         in_default_set: whether it is logged if nothing is chosen.
         shown_as: "scalar" is written to every logger, "histogram" to TensorBoard only.
-        least: how many numbers it takes: one number has no variance, and a layer with fewer is left out.
+        least: how many numbers it takes: one number has no variance, and a layer with fewer is left out. A number "of
+            each unit" takes units that are known.
     """
 
     name: str
@@ -200,7 +202,7 @@ class Statistic:
     needs_step: bool = False
     in_default_set: bool = False
     shown_as: Literal["scalar", "histogram"] = "scalar"
-    least: Literal["one", "two", "two of each unit"] = "one"
+    least: Literal["one", "two", "one of each unit", "two of each unit"] = "one"
 
 
 # What is measured on outputs
@@ -411,6 +413,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             finish=_dead_units,
             layers=rectifies,
             in_default_set=True,
+            least="one of each unit",
         ),
         Statistic(
             name="activation_mean",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -53,18 +53,17 @@ class StepResult:
                 norms=norms.read(head[layout.norms]),
             )
 
-    def stats(self, chosen: Sequence[str], layers: Iterable[Layer]) -> LayerStats:
+    def stats(self, chosen: Sequence[str], layers: Mapping[str, Layer]) -> LayerStats:
         """The chosen statistics.
 
         Args:
             chosen: names of statistics.
-            layers: all layers, for statistics that make sense for some of them only.
+            layers: the layers by the names of the layout, for statistics that make sense for some of them only.
         """
-        layers = list(layers)
         result = LayerStats({}, {})
-        counts = {"output": self._sums.outputs.n.tolist(), "gradient": self._sums.gradients.n.tolist()}
-        outputs = self._sums.outputs
-        of_each_unit = (outputs.n / np.maximum(outputs.units, 1)).tolist()
+        outputs, gradients = self._sums.outputs, self._sums.gradients
+        counts = {"output": outputs.n.tolist(), "gradient": gradients.n.tolist()}
+        of_each_unit = (outputs.n / np.maximum(outputs.units, 1)).tolist()  # NaN, and so too few, of unknown units
         with np.errstate(all="ignore"):  # no elements, no variance: such layers are left out below
             for stat in chosen:
                 statistic = STATISTICS[stat]
@@ -73,14 +72,14 @@ class StepResult:
                     result.values[stat] = self._in_execution_order(finished)
                     continue
                 rows = finished.tolist() if isinstance(finished, np.ndarray) else finished
-                of_layers = zip(self._layers, counts[statistic.source], rows, strict=True)
-                least = 1 + (statistic.least != "one")
-                if statistic.least == "two of each unit":
-                    of_layers = zip(self._layers, of_each_unit, rows, strict=True)
-                found = {name: row for name, n, row in of_layers if n >= least}
-                if statistic.layers is not None:
-                    fitting = {layer.name for layer in layers if statistic.layers(layer)}
-                    found = {name: row for name, row in found.items() if name in fitting}
+                least, of_unit = 1 + statistic.least.startswith("two"), statistic.least.endswith("unit")
+                numbers = of_each_unit if of_unit else counts[statistic.source]
+                fits = statistic.layers
+                found = {
+                    name: row
+                    for name, n, row in zip(self._layers, numbers, rows, strict=True)
+                    if n >= least and (fits is None or fits(layers[name]))
+                }
                 if statistic.shown_as == "histogram":
                     result.histograms.update(found)
                 else:
@@ -115,7 +114,7 @@ def _copy_to_host(
     # segment_reduce, because index_add_ costs four times as much; unsafe=True, because the lengths are right, and
     # checking them would read them from the device
     of_slots = [
-        torch.segment_reduce(numbers, "sum", lengths=layout.units_on_device, unsafe=True)
+        torch.segment_reduce(numbers, "sum", lengths=layout.num_sums_on_device, unsafe=True)
         for numbers in (unit_sums, unit_sums * unit_sums, (unit_sums == 0).double())
     ]
     blocks = [head, *of_slots, *exchanged]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,50 +23,64 @@ from torch.distributed.tensor import DTensor
 from lightning_init.distributed.shards import UnitShard, unit_shard_from_weights, unit_shard_of
 from lightning_init.introspect.layers import Layer
 from lightning_init.introspect.unit_rules import UnitRule, unit_rule
+from lightning_init.monitor.origins import origin_of
 
 
-def first_floating(output: object) -> Tensor | None:
-    """The first floating-point tensor in a tensor, tuple, list, mapping or dataclass (PackedSequence: its data).
+def signal_of(output: object) -> Tensor | None:
+    """The floating-point tensor that carries the signal in a tensor, tuple, list, mapping or dataclass; None if none.
 
-    Tensors whose elements cannot be read are passed over: sparse and nested ones, and those inside ``torch.func``.
+    Of several it is the first, but no mask beside tensors with a gradient, and no single number, such as a loss,
+    beside larger tensors. Tensors whose elements cannot be read are passed over: sparse and nested ones, and those
+    inside ``torch.func``.
     """
     if isinstance(output, Tensor):
-        readable = (
-            output.layout is torch.strided
-            and not output.is_nested
-            and not is_functorch_wrapped_tensor(output)
-            and not isinstance(output, FakeTensor)
-        )
-        return output if readable and output.is_floating_point() else None
-    members: Iterable[object]
-    if isinstance(output, (tuple, list)):  # asked before Mapping, whose isinstance is slow
-        members = output
+        return output if _is_readable(output) else None
+    found = list(_floating_tensors(output))
+    if len(found) > 1:
+        found = [tensor for tensor in found if tensor.numel() > 1] or found
+        found = [tensor for tensor in found if tensor.requires_grad] or found
+    return found[0] if found else None
+
+
+def _floating_tensors(output: object) -> Iterator[Tensor]:
+    members: Iterable[object] = ()
+    if isinstance(output, Tensor):
+        if _is_readable(output):
+            yield output
+    elif isinstance(output, (tuple, list)):  # asked before Mapping, whose isinstance is slow
+        members = output  # a PackedSequence's first member is its data
     elif isinstance(output, Mapping):
         members = output.values()
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
         members = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    else:
-        return None
     for member in members:
-        if (tensor := first_floating(member)) is not None:
-            return tensor
-    return None
+        yield from _floating_tensors(member)
 
 
-def unit_dim(shape: Sequence[int], rule: UnitRule) -> int:
-    """The dimension of ``shape`` that holds the units, counted from the front; ``shape`` has at least one.
+def _is_readable(tensor: Tensor) -> bool:
+    return (
+        tensor.is_floating_point()
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not is_functorch_wrapped_tensor(tensor)
+        and not isinstance(tensor, FakeTensor)
+    )
 
-    The usual dimension if its size is right, else the only dimension of the right size, else the last.
 
-    >>> unit_dim((8, 16, 32), UnitRule(32)), unit_dim((8, 32, 16), UnitRule(32)), unit_dim((8, 9), UnitRule(32))
-    (2, 1, 1)
+def unit_dim(shape: Sequence[int], rule: UnitRule) -> int | None:
+    """The dimension of ``shape`` that holds the units, counted from the front; None if ``rule`` does not tell.
+
+    The usual dimension if its size is right, else the only dimension of the right size.
+
+    >>> unit_dim((8, 16, 32), UnitRule(32, -1)), unit_dim((8, 32, 16), UnitRule(32, -1)), unit_dim((8, 9), UnitRule(32))
+    (2, 1, None)
     """
-    last = len(shape) - 1
-    usual = rule.dim % len(shape) if -len(shape) <= rule.dim <= last else last
-    if rule.units is None or shape[usual] == rule.units:
-        return usual
+    if rule.dim is not None and -len(shape) <= rule.dim < len(shape):
+        usual = rule.dim % len(shape)
+        if rule.units is None or shape[usual] == rule.units:
+            return usual
     right = [dim for dim, size in enumerate(shape) if size == rule.units]
-    return right[0] if len(right) == 1 else last
+    return right[0] if len(right) == 1 else None
 
 
 class _Units(NamedTuple):
@@ -89,51 +103,79 @@ class _KnownOutput:
 
     Attributes:
         version: of the tensor, which every in-place operation increases.
+        shape: of the tensor.
     """
 
     tensor: weakref.ref[Tensor]
     version: int
     layer: Layer
     units: _Units
+    shape: torch.Size
+
+
+class FoundUnits(NamedTuple):
+    """The units of an output.
+
+    Attributes:
+        dim: the dimension of the tensor that holds them; None of a scalar, and where they are not known.
+        shard: which of all units this rank has; its ``total`` is :data:`UNKNOWN_UNITS` where they are not known.
+        behind: name of the layer whose output it goes back to, asked for activations only; "" if that is not known.
+    """
+
+    dim: int | None
+    shard: UnitShard
+    behind: str
 
 
 class UnitFinder:
-    """Finds the units of every output, from the layer's parameters or from the layer before it.
+    """Finds the units of every output: from the layer's type and parameters, or from what really produced it.
 
     An activation has the units of the layer whose output is its input. If no layer returned that very tensor, for
-    example because something was added in between, it has the units of the layer that ran last.
+    example because something was added in between, the autograd graph is followed back (:func:`origin_of`). Where
+    nothing tells, the units are not known, save that a matrix has its samples in rows.
     """
 
     def __init__(self) -> None:
         self._rules: dict[str, UnitRule] = {}
         self._weight_shards: dict[str, UnitShard | None] = {}
         self._known: dict[int, _KnownOutput] = {}
-        self._latest: _KnownOutput | None = None
+        self._known_nodes: dict[int, _KnownOutput] = {}
 
     def forget(self) -> None:
         """Forget the outputs of this batch."""
         self._known.clear()
-        self._latest = None
+        self._known_nodes.clear()
 
     def record_weight_shards(self, layer: Layer) -> None:
         """Remember which units this rank's shard of ``layer``'s weights has, just before the forward pass uses them."""
         units = self._rule(layer).units
         self._weight_shards[layer.name] = unit_shard_from_weights(layer.module, units) if units else None
 
-    def find(self, layer: Layer, args: Any, tensor: Tensor) -> tuple[int | None, UnitShard]:
-        """The dimension of ``tensor`` that holds the units (None for a scalar), and which units this rank has.
+    def find(self, layer: Layer, args: Any, tensor: Tensor) -> FoundUnits:
+        """The units of what a layer has returned.
 
         Args:
             layer: what returned ``tensor``.
             args: what it was called with.
         """
-        rule, shard = self._rule(layer), self._weight_shards.get(layer.name)
-        if rule.units is None and layer.activation and (before := self._predecessor(args)):
-            rule, shard = before.units.rule, before.units.shard
+        rule, shard, behind = self._rule(layer), self._weight_shards.get(layer.name), ""
+        node = tensor.grad_fn
+        if layer.activation:
+            before = self._lookup(args[0]) if type(args) is tuple and len(args) == 1 else None
+            if before is not None:
+                rule, shard, behind = before.units.rule, before.units.shard, before.layer.name
+            elif node is not None:
+                rule, shard, behind = self._traced(node)
         units = _units_of(tensor, rule, shard)
+        if units.dim is None and node is not None and not layer.activation:
+            units = _units_of(tensor, *self._traced(node)[:2])
+        if units.dim is None and tensor.dim() == 2:
+            units = _units_of(tensor, UnitRule(None, -1), None)
         version = -1 if tensor.is_inference() else tensor._version  # which such tensors do not have
-        self._latest = self._known[id(tensor)] = _KnownOutput(weakref.ref(tensor), version, layer, units)
-        return units.dim, units.shard
+        known = self._known[id(tensor)] = _KnownOutput(weakref.ref(tensor), version, layer, units, tensor.shape)
+        if node is not None:
+            self._known_nodes[node._sequence_nr()] = known
+        return FoundUnits(units.dim, units.shard, behind)
 
     def is_output_of_child(self, layer: Layer, tensor: Tensor) -> bool:
         """Whether a layer inside ``layer`` has returned this very tensor, unchanged since."""
@@ -148,15 +190,31 @@ class UnitFinder:
             rule = self._rules[layer.name] = unit_rule(layer.module)
         return rule
 
-    def _predecessor(self, args: Any) -> _KnownOutput | None:
-        if type(args) is tuple and len(args) == 1 and (known := self._lookup(args[0])):
-            return known  # nearly always
-        source = first_floating(args)
-        return (self._lookup(source) if source is not None else None) or self._latest
+    def _traced(self, node: Any) -> tuple[UnitRule, UnitShard | None, str]:
+        """What is known about the units of an autograd node's result, and the layer that it goes back to."""
+        origin = origin_of(node, self._known_at)
+        if origin is None:
+            return UnitRule(), None, ""
+        num_dims = len(node._input_metadata[0].shape)
+        rule = UnitRule(None, origin.dim - num_dims)
+        known: _KnownOutput | None = origin.known
+        return (rule, None, "") if known is None else (rule, known.units.shard, known.layer.name)
+
+    def _known_at(self, number: int, shape: Sequence[int]) -> tuple[_KnownOutput, int] | None:
+        known = self._known_nodes.get(number)
+        if known is None or known.units.dim is None or known.shape != tuple(shape):
+            return None
+        return known, known.units.dim
 
     def _lookup(self, tensor: object) -> _KnownOutput | None:
         known = self._known.get(id(tensor))
         return known if known is not None and known.tensor() is tensor else None
+
+
+UNKNOWN_UNITS = -1
+"""Stands for the number of units of an output whose units are not known; a number of its own in every layout."""
+
+_NOT_KNOWN = UnitShard(1, 0, UNKNOWN_UNITS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -165,6 +223,8 @@ def _units_of_whole(shape: torch.Size, rule: UnitRule) -> _Units:
     if not shape:
         return _Units(None, UnitShard(1, 0, 1), UnitRule(1))
     dim = unit_dim(shape, rule)
+    if dim is None:
+        return _Units(None, _NOT_KNOWN, UnitRule())
     return _units(dim, UnitShard(shape[dim], 0, shape[dim]), len(shape))
 
 
@@ -180,10 +240,12 @@ def _units_of(tensor: Tensor, rule: UnitRule, shard: UnitShard | None) -> _Units
         return _units_of_whole(tensor.shape, rule)
     if isinstance(tensor, DTensor):  # its shape is that of the whole output
         dim = unit_dim(tensor.shape, rule)
+        if dim is None:
+            return _Units(None, _NOT_KNOWN, UnitRule())
         return _units(dim, unit_shard_of(tensor, dim), tensor.dim())
     if shard is not None and shard.held < shard.total:  # the output has this shard, unless it was gathered
         dim = unit_dim(tensor.shape, UnitRule(None, rule.dim))
-        if tensor.shape[dim] == shard.held:
+        if dim is not None and tensor.shape[dim] == shard.held:
             return _units(dim, shard, tensor.dim())
     return _units_of_whole(tensor.shape, rule)
 

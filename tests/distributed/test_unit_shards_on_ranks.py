@@ -66,7 +66,11 @@ def recorded_summand() -> tuple[list[str], list[str], bool]:
     assert local_numbers(output) is None
     whole = output.full_tensor()
     collector.detach()
-    return list(collector.records), list(collector.partial_layers), bool((whole == dist.get_world_size()).all())
+    return (
+        [place.layer for place in collector.records],
+        list(collector.partial_layers),
+        bool((whole == dist.get_world_size()).all()),
+    )
 
 
 def test_partial_sums_are_left_out_by_name() -> None:

@@ -16,7 +16,7 @@ from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from tests.support.modules import Checkpointed
 from tests.support.oracle import Watched
-from tests.support.recording import Loss, fail, squared
+from tests.support.recording import Loss, by_layer, fail, squared
 
 
 def records_of(
@@ -29,7 +29,7 @@ def records_of(
     collector.gradient_factor = factor
     value.backward()
     collector.detach()
-    return collector.drain()
+    return by_layer(collector.drain())
 
 
 def assert_equals_oracle(network: nn.Module, *inputs: Tensor, loss: Loss = squared) -> dict[str, LayerRecord]:
@@ -73,22 +73,23 @@ def test_collector_with_in_place_operations(shape: tuple[int, ...]) -> None:
 
 
 class Calls(nn.Module):
-    """One Linear called three times, one ReLU at two widths, one call without gradient."""
+    """One Linear called three times, and so is the ReLU behind it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.act = nn.Linear(6, 6), nn.Linear(6, 4), nn.ReLU()
+        self.a, self.b, self.act, self.last = nn.Linear(6, 6), nn.Linear(6, 4), nn.ReLU(), nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
             x = self.act(self.a(x))
-        return self.act(self.b(x) + 1)
+        return self.last(self.b(x) + 1)
 
 
 def test_collector_of_modules_called_several_times() -> None:
     torch.manual_seed(0)
     records = assert_equals_oracle(Calls(), torch.randn(8, 6), torch.randn(3, 6))
-    assert {units: m.n for units, m in records["act"].outputs.items()} == {6: 3 * 11 * 6, 4: 11 * 4}
+    assert {units: m.n for units, m in records["act"].outputs.items()} == {6: 3 * 11 * 6}
+    assert {units: m.n for units, m in records["last"].outputs.items()} == {4: 11 * 4}
     assert records["a"].outputs[6].n == 3 * 11 * 6
 
 
@@ -148,7 +149,7 @@ def test_collector_records_only_when_it_should() -> None:
     assert collector.drain() == {}
     counts = True
     network(torch.randn(8, 6))
-    assert list(collector.drain()) == ["0", "1"]
+    assert list(by_layer(collector.drain())) == ["0", "1"]
     collector.detach()
     network(torch.randn(8, 6))
     assert collector.drain() == {}
@@ -165,7 +166,7 @@ def test_collector_scales_gradients_or_leaves_them_out() -> None:
     collector.attach()
     collector.gradient_factor = 1.0
     squared(network, x).backward()
-    assert collector.drain()["0"].gradients is None
+    assert by_layer(collector.drain())["0"].gradients is None
     collector.detach()
 
 

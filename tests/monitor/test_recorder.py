@@ -113,7 +113,7 @@ def test_recorder_of_layers_that_appear_later() -> None:
     network.grown = True
     after = measure(recorder, network, *batch())
     assert after is not None
-    assert set(after.values["activation_variance"]) == {"first", "act", "late"}
+    assert set(after.values["activation_variance"]) == {"first", "act", "late", "act:2"}
     assert recorder.silent_layers == ["never"]
     network.grown = False
     again = measure(recorder, network, *batch())

@@ -9,12 +9,13 @@ from torch import nn
 from lightning_init import LayerStats
 from lightning_init.introspect.activations import ActivationTraits
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.exchange import SecondPass, VectorLayout, slots_of
+from lightning_init.monitor.exchange import SecondPass, VectorLayout
 from lightning_init.monitor.moments import merge, moments_of
 from lightning_init.monitor.parameter_norms import ParameterNorms
 from lightning_init.monitor.record import LayerRecord
 from lightning_init.monitor.statistics import DEFAULT_STATS
 from lightning_init.monitor.step_result import StepResult
+from tests.support.recording import slots_of
 
 CPU = torch.device("cpu")
 NO_NORMS = [0.0, 0.0]
@@ -28,10 +29,9 @@ def read(records: dict[str, LayerRecord], *, norms: list[float] = NO_NORMS, owne
     total = layout.pack(records, norms, [0.0, 0.0])
     reading = StepResult(total, layout, SecondPass(DEFAULT_STATS, layout, records), who)
     assert reading.flags == [0.0, 0.0]
-    shown = [
-        Layer("relu", nn.ReLU(), ActivationTraits(True), ()),
-        Layer("tanh", nn.Tanh(), ActivationTraits(False, -1.0, 1.0), ()),
-    ]
+    shown = {name: Layer(name, nn.Identity(), None, ()) for name in layout.layers}
+    shown["relu"] = Layer("relu", nn.ReLU(), ActivationTraits(True), ())
+    shown["tanh"] = Layer("tanh", nn.Tanh(), ActivationTraits(False, -1.0, 1.0), ())
     return reading.stats(DEFAULT_STATS, shown)
 
 

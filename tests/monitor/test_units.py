@@ -8,7 +8,7 @@ from torch import nn
 from lightning_init.introspect.layers import find_layers
 from lightning_init.monitor.collector import ActivationCollector
 from lightning_init.monitor.statistics import DEFAULT_STATS
-from tests.support.recording import fail
+from tests.support.recording import by_layer, fail
 
 
 def test_units_of_an_activation_without_predecessor_ignore_the_last_batch() -> None:
@@ -19,4 +19,5 @@ def test_units_of_an_activation_without_predecessor_ignore_the_last_batch() -> N
         collector.attach()
         network(torch.ones(3, 5))
         collector.detach()
-        assert {name: list(record.outputs) for name, record in collector.drain().items()} == {"0": [5], "1": [3]}
+        records = by_layer(collector.drain())
+        assert {name: list(record.outputs) for name, record in records.items()} == {"0": [5], "1": [3]}

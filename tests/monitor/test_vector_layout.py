@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_init.monitor.exchange import NUM_FLAGS, Slot, VectorLayout, in_one_order, slots_of
+from lightning_init.monitor.exchange import NUM_FLAGS, Slot, VectorLayout, in_one_order
 from lightning_init.monitor.moments import moments_of
 from lightning_init.monitor.record import LayerRecord
+from tests.support.recording import slots_of
 
 CPU = torch.device("cpu")
 A, B, C = Slot("a", 2), Slot("b", 3), Slot("a", 4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from lightning_init import LayerStats
+from lightning_init.monitor.exchange import Slot
+from lightning_init.monitor.record import LayerRecord, Place
 from lightning_init.monitor.recorder import Recorder
 
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -28,6 +30,17 @@ def record_step(recorder: Recorder, network: nn.Module, loss: Callable[[], Tenso
     recorder.detach()
     recorder.before_optimizer_step(network.parameters())
     return recorder.exchange()
+
+
+def by_layer(records: dict[Place, LayerRecord]) -> dict[str, LayerRecord]:
+    """Records of layers that are called at one place each."""
+    assert len({place.layer for place in records}) == len(records)
+    return {place.layer: record for place, record in records.items()}
+
+
+def slots_of(records: Mapping[str, LayerRecord]) -> list[Slot]:
+    """The slots of ``records``, in their order."""
+    return [Slot(name, units) for name, record in records.items() for units in record.outputs]
 
 
 def fail(name: str, error: Exception) -> None:
