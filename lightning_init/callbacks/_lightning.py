@@ -244,6 +244,11 @@ def step_ends_with_this_batch(trainer: Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def is_overridden(method: str, module: LightningModule) -> bool:
+    """Whether the user has written this hook of a LightningModule; Lightning asks the same, for one of its names."""
+    return not getattr(type(module), method).__module__.startswith(NAMESPACES)
+
+
 def in_training_step(module: LightningModule) -> bool:
     """Whether ``training_step`` is running, and not another callback, the model summary or validation."""
     return module._current_fx_name == "training_step"

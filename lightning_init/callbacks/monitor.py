@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.session import FitSession
+from lightning_init.callbacks.stepping import LoggedSteps
 from lightning_init.checks import check_list
 from lightning_init.introspect.layers import Parts, find_layers, select_layers
 from lightning_init.monitor.eager import restore_stance
@@ -25,6 +26,12 @@ from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, 
 from lightning_init.show.loggers import StatisticsWriter
 
 P = ParamSpec("P")
+
+_PATIENCE = 3
+"""Logged steps in which something stays empty before it is said."""
+
+_LONGEST_ACCUMULATION = 128
+"""Batches within which nobody can be sure that no optimizer steps: gradients may be accumulated by hand."""
 
 
 def _guarded(
@@ -144,18 +151,18 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._session = FitSession(Recorder([], self.stats, device), interval, Parts(pl_module))
+            self._session = FitSession(Recorder([], self.stats, device), LoggedSteps(interval), Parts(pl_module))
             self._session.recorder.fail("finding the layers", error)
         else:
             recorder = Recorder(select_layers(layers, self.layers), self.stats, device, layers)
-            self._session = FitSession(recorder, interval, Parts(pl_module))
+            self._session = FitSession(recorder, LoggedSteps(interval), Parts(pl_module))
 
     @override
     @_guarded
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the data are known: says what callbacks that watch the numbers will not see."""
         assert self._session is not None
-        self._warn_of_watchers(trainer, self._session.interval)
+        self._warn_of_watchers(trainer, self._session.logged_steps.interval)
 
     @override
     @_guarded
@@ -165,13 +172,14 @@ class ActivationVarianceMonitor(Callback):
         assert session is not None
         session.stop_recording()
         step = _lightning.step_number(trainer)
-        is_due = step % session.interval == 0 or session.is_owed or step == session.step
-        if not is_due:
+        is_first_batch = step != session.step
+        if is_first_batch and not session.logged_steps.is_logged(step, trainer.optimizers):
             session.step = None
             return
-        session.gradients_taken, is_first_batch = False, step != session.step
+        session.gradients_taken = False
         session.step = step  # before anything can fail: a rank that fails still comes to the exchange
         if is_first_batch:
+            session.backward_in_step = False
             self._keep_up_with(session, pl_module)
             session.recorder.start_step()
         if session.recorder.local_error is None:
@@ -186,7 +194,7 @@ class ActivationVarianceMonitor(Callback):
         """
         session = self._session
         assert session is not None
-        session.backward_announced = True
+        session.backward_announced = session.backward_in_step = True
         if session.recording:
             session.forward_open = not pl_module.automatic_optimization
             scale = _lightning.loss_scale(trainer)
@@ -200,6 +208,9 @@ class ActivationVarianceMonitor(Callback):
         session = self._session
         assert session is not None
         session.recorder.end_backward()
+        if session.step is not None and not session.gradients_taken and _may_change_gradients(pl_module):
+            scale = _lightning.loss_scale(trainer)
+            session.recorder.after_backward(pl_module.parameters(), lambda: 1.0 if scale is None else 1.0 / scale)
 
     @override
     @_guarded
@@ -210,13 +221,14 @@ class ActivationVarianceMonitor(Callback):
         """
         session = self._session
         assert session is not None
+        session.logged_steps.stepped(optimizer, _lightning.step_number(trainer), logged=session.step is not None)
         if session.step is None or session.gradients_taken:
             return
         # LBFGS evaluates the loss several times in one step: the first evaluation is what is logged
         session.gradients_taken = pl_module.automatic_optimization
         session.recording = not session.gradients_taken
         recorder = session.recorder
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = _stepped_by(optimizer, pl_module)
         if recorder.needs_post_step:
             session.call_after_step(optimizer, partial(recorder.after_optimizer_step, parameters))
         recorder.before_optimizer_step(parameters, partial(_unscaling_factor, trainer, optimizer))
@@ -233,8 +245,9 @@ class ActivationVarianceMonitor(Callback):
         step = _lightning.step_number(trainer)
         if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
             return
-        session.step, session.is_owed = None, False
-        if session.recorder.unannounced_gradients and not session.backward_announced:
+        session.step = None
+        session.steps_with_lost_gradients += bool(session.recorder.lost_gradients)
+        if session.recorder.lost_gradients and not session.backward_announced:
             session.warn_once(
                 "backward",
                 "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
@@ -242,6 +255,7 @@ class ActivationVarianceMonitor(Callback):
         try:
             if (stats := session.recorder.exchange()) is not None:
                 self._publish(session, trainer, stats, step)
+                self._count_empty_norms(session, trainer, stats, step)
         except Exception as error:
             session.recorder.fail("writing", error)
         left_out = {} if session.recorder.disabled_reason else session.recorder.left_out
@@ -267,6 +281,13 @@ class ActivationVarianceMonitor(Callback):
         session = self._session
         assert session is not None
         session.warn_of_fault(session.recorder.local_error)
+        self._say_why_norms_are_empty(session, trainer)
+        if (lost := session.recorder.lost_gradients) and session.steps_with_lost_gradients >= _PATIENCE:
+            session.warn_once(
+                "backward",
+                f"has seen no gradient of {_listed(lost)}: where one is computed by loss.backward() instead of "
+                "self.manual_backward(loss), or by torch.autograd.grad, no hook tells that it is the loss's.",
+            )
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -315,6 +336,26 @@ class ActivationVarianceMonitor(Callback):
                     "steps: its patience counts the same number again. Set every_n_steps to an epoch's steps or less."
                 )
 
+    def _count_empty_norms(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
+        """Say it when several logged steps had a backward pass, and none a single gradient's norm."""
+        if stats.values.get("gradient_norm", True):
+            session.norms_may_be_empty = True
+        session.steps_with_backward += session.backward_in_step
+        if step >= _LONGEST_ACCUMULATION:
+            self._say_why_norms_are_empty(session, trainer)
+
+    def _say_why_norms_are_empty(self, session: FitSession, trainer: Trainer) -> None:
+        if session.norms_may_be_empty or session.steps_with_backward < _PATIENCE:
+            return
+        if session.logged_steps.has_stepped(trainer.optimizers):
+            why = "the optimizer's parameters have no gradient when it steps"
+        else:
+            why = (
+                "no optimizer has stepped where Lightning sees it. Call step() of what self.optimizers() returns: not "
+                "of an optimizer of your own, nor with use_pl_optimizer=False, nor inside of the backward pass"
+            )
+        session.warn_once("norms", f"has no gradient_norm, although gradients were computed: {why}.")
+
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""
         tags = stats.tags
@@ -324,7 +365,7 @@ class ActivationVarianceMonitor(Callback):
                 f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "
                 "as it does while it adapts, and the optimizer skips the step.",
             )
-            session.is_owed = True  # the next step has them
+            session.logged_steps.owe_next()  # which has them
             tags = {tag: value for tag, value in tags.items() if not tag.startswith("gradient_")}
         self._latest = tags
         aggregates = _aggregates(tags, stats)
@@ -356,6 +397,20 @@ class ActivationVarianceMonitor(Callback):
         writer = StatisticsWriter(trainer.loggers)
         writer.write_layout(self.stats)
         return writer
+
+
+def _may_change_gradients(module: LightningModule) -> bool:
+    """Whether the user's code runs between backward and ``on_before_optimizer_step``: it may clip gradients there."""
+    return not module.automatic_optimization or _lightning.is_overridden("on_after_backward", module)
+
+
+def _stepped_by(optimizer: Optimizer, module: LightningModule) -> list[torch.nn.Parameter]:
+    """The parameters that an optimizer changes; all of the module's if the optimizer has copies of its own."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter.grad is not None for parameter in parameters):
+        return parameters
+    own = set(module.parameters())
+    return parameters if any(parameter in own for parameter in parameters) else list(own)
 
 
 def _unscaling_factor(trainer: Trainer, optimizer: Optimizer) -> Number:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.callbacks._lightning import in_training_step
+from lightning_init.callbacks.stepping import LoggedSteps
 from lightning_init.introspect.layers import Parts
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.show.loggers import StatisticsWriter
@@ -23,29 +24,35 @@ class FitSession:
 
     Attributes:
         recorder: records and exchanges the statistics.
-        interval: steps from one logged step to the next.
+        logged_steps: which steps are logged.
         parts: what the model consisted of when its layers were found.
         writer: writes to the Trainer's loggers; made when there is something to write.
-        is_owed: the next step is logged, whatever its number: a fit's first, or one whose gradients overflowed.
         step: the logged step whose micro-batches are being recorded; None between logged steps.
         gradients_taken: whether this step's parameter gradients have been recorded for the last time.
         recording: whether hooks are on the model and gradients are still to be recorded.
         forward_open: whether outputs of ``training_step`` are still to be recorded.
         backward_announced: whether Lightning has run a backward pass in this fit.
+        backward_in_step: whether it has in the present logged step.
+        steps_with_backward: how many logged steps had a backward pass.
+        norms_may_be_empty: whether some had norms of gradients, or none were asked for.
+        steps_with_lost_gradients: how many had gradients that came without an announcement.
         warned: topics that a warning was given about.
         step_handles: hooks on optimizers that have not stepped yet.
     """
 
     recorder: Recorder
-    interval: int
+    logged_steps: LoggedSteps
     parts: Parts
     writer: StatisticsWriter | None = None
-    is_owed: bool = True
     step: int | None = None
     gradients_taken: bool = False
     recording: bool = False
     forward_open: bool = False
     backward_announced: bool = False
+    backward_in_step: bool = False
+    steps_with_backward: int = 0
+    norms_may_be_empty: bool = False
+    steps_with_lost_gradients: int = 0
     warned: set[str] = field(default_factory=set)
     step_handles: dict[Optimizer, RemovableHandle] = field(default_factory=dict)
 

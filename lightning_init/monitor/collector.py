@@ -47,7 +47,8 @@ class ActivationCollector:
     Attributes:
         records: by layer and place, in the order of their first calls.
         gradient_factor: what gradients are multiplied by; None while no backward pass was announced.
-        unannounced_gradients: how many gradients came while ``gradient_factor`` was None.
+        unannounced: names of layers whose gradients came while ``gradient_factor`` was None.
+        with_gradient: names of layers whose gradients were recorded.
         partial_layers: names of layers whose outputs or gradients were sums that ranks had not made yet.
         returned_child_output: names of layers that returned a tensor of a layer inside them, which has recorded it.
     """
@@ -63,7 +64,8 @@ class ActivationCollector:
         self.layers = list(layers)
         self.records: dict[Place, LayerRecord] = {}
         self.gradient_factor: Number | None = None
-        self.unannounced_gradients = 0
+        self.unannounced: dict[str, None] = {}
+        self.with_gradient: set[str] = set()
         self.partial_layers: dict[str, None] = {}
         self.returned_child_output: dict[str, None] = {}
         self.with_gradients = any(STATISTICS[stat].source == "gradient" for stat in stats)
@@ -134,7 +136,7 @@ class ActivationCollector:
 
     def drain(self) -> dict[Place, LayerRecord]:
         """Hand over what was recorded, and begin anew."""
-        records, self.records, self.unannounced_gradients = self.records, {}, 0
+        records, self.records = self.records, {}
         return records
 
     def reuse(self, records: dict[Place, LayerRecord]) -> None:
@@ -181,7 +183,7 @@ class ActivationCollector:
         if layer.name in self._left_out:
             return
         if factor is None:  # torch.autograd.grad inside the forward pass, or a loss.backward() nobody announced
-            self.unannounced_gradients += 1
+            self.unannounced.setdefault(layer.name)
             return
         local = gradient if type(gradient) is Tensor else local_numbers(gradient)
         if local is None:
@@ -189,6 +191,8 @@ class ActivationCollector:
             return
         moments = scale(moments_of(local), factor)
         record = self._record_of(place)
+        if record.gradients is None:
+            self.with_gradient.add(layer.name)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
 
     def _record_moments(self, layer: Layer, place: Place, found: FoundUnits, tensor: Tensor) -> None:

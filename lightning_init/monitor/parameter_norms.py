@@ -73,11 +73,16 @@ class ParameterNorms:
         self._squares: dict[str, list[_Squares]] = {kind: [] for kind in self.kinds}
         self._destinations: dict[str, _Destinations] = {}
         self._before: dict[nn.Parameter, Tensor] = {}
+        self._kept: dict[nn.Parameter, Number] = {}
 
     @property
     def size(self) -> int:
         """How many numbers :meth:`packed` gives; it depends on nothing but the model and the statistics."""
         return len(self.kinds) * 2 * (1 + len(self._owned))
+
+    def keep(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
+        """Take the norms of ``gradients`` times ``factor`` now, for the ``before_step`` that follows."""
+        self._kept = dict(zip(gradients, self._squares_of(gradients, factor), strict=True))
 
     def before_step(self, gradients: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Record the norms of ``gradients`` times ``factor``, and of weights before the optimizer's step.
@@ -85,7 +90,10 @@ class ParameterNorms:
         If a parameter is recorded several times between two exchanges, the last time counts.
         """
         if "gradient" in self.kinds:
-            self.add("gradient", gradients, factor)
+            kept = {parameter: self._kept[parameter] for parameter in gradients if parameter in self._kept}
+            self._squares["gradient"].append(_Squares(tuple(kept), list(kept.values())))
+            others = {parameter: gradient for parameter, gradient in gradients.items() if parameter not in kept}
+            self.add("gradient", others, factor)
         if "weight" in self.kinds:
             self.add("weight", {parameter: parameter.detach() for parameter in [*self._owned, *gradients]})
         if "update" in self.kinds:
@@ -102,18 +110,20 @@ class ParameterNorms:
     def add(self, kind: NormKind, tensors: Mapping[nn.Parameter, Tensor], factor: Number = 1.0) -> None:
         """Record the squared norms of ``tensors`` times ``factor``."""
         if tensors:
-            squares: Sequence[Number] = sums_of_squares(list(tensors.values()), self.world_size)
-            if isinstance(factor, Tensor):
-                squares = (pack(squares, factor.device) * factor**2).unbind()
-            elif factor != 1.0:
-                squares = [square * factor**2 for square in squares]
-            self._squares[kind].append(_Squares(tuple(tensors), squares))
+            self._squares[kind].append(_Squares(tuple(tensors), self._squares_of(tensors, factor)))
+
+    def _squares_of(self, tensors: Mapping[nn.Parameter, Tensor], factor: Number) -> Sequence[Number]:
+        squares: Sequence[Number] = sums_of_squares(list(tensors.values()), self.world_size)
+        if isinstance(factor, Tensor):
+            return (pack(squares, factor.device) * factor**2).unbind() if squares else ()
+        return squares if factor == 1.0 else [square * factor**2 for square in squares]
 
     def clear(self) -> None:
         """Forget what was recorded."""
         for squares in self._squares.values():
             squares.clear()
         self._before.clear()
+        self._kept.clear()
 
     def packed(self) -> list[Number]:
         """What was recorded, [size], in a form that ranks can add up.

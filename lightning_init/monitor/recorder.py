@@ -123,9 +123,9 @@ class Recorder:
         return list(self._collector.partial_layers)
 
     @property
-    def unannounced_gradients(self) -> int:
-        """How many gradients of this step came without ``announce_backward``, and were not recorded."""
-        return self._collector.unannounced_gradients
+    def lost_gradients(self) -> list[str]:
+        """Layers whose gradients have only come without ``announce_backward`` so far, and were not recorded."""
+        return [layer for layer in self._collector.unannounced if layer not in self._collector.with_gradient]
 
     def start_step(self) -> None:
         """Begin a logged step: forget what an unfinished one has recorded."""
@@ -151,6 +151,16 @@ class Recorder:
     def end_backward(self) -> None:
         """Record no more gradients."""
         self._collector.gradient_factor = None
+
+    def after_backward(self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled) -> None:
+        """Keep the norms of gradients as they are now, for ``before_optimizer_step``: they may be clipped in between.
+
+        Can be a collective, as ``before_optimizer_step`` can.
+        """
+        if "gradient" in self._norms.kinds:
+            gradients = whole_gradients(parameters)
+            if self.local_error is None:
+                self._norms.keep(gradients, factor())
 
     def before_optimizer_step(
         self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled

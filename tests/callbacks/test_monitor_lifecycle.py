@@ -72,7 +72,7 @@ def test_hooks_exist_in_logged_batches_only() -> None:
     module, between = DigitsMLP(), []
     spy = At("on_train_batch_start", lambda m: between.append(len(hooks_of(m))))
     fit(module, ActivationVarianceMonitor(3), spy)
-    assert between == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert between == [1, 0, 1, 0, 0, 1, 0, 0]
     assert hooks_of(module) == []
 
 
@@ -136,8 +136,8 @@ def test_interval_continues_when_resuming_and_starts_again_in_a_second_fit(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
         trainer.fit(module, ckpt_path=tmp_path / "four.ckpt")
-    assert [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags] == [4, 6]
-    assert sorted(fit(module, monitor, namespace=namespace)) == [0, 3, 6]
+    assert [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags] == [4, 5]
+    assert sorted(fit(module, monitor, namespace=namespace)) == [0, 2, 5]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -155,5 +155,5 @@ def test_finder_steps_before_the_fit_are_not_logged(first: bool, namespace: Name
     trainer = make_trainer(namespace, logger=memory, callbacks=callbacks, **options)
     trainer.fit(module)
     watched = [step for step, tags in memory.steps.items() if "gradient_norm/total" in tags]
-    assert watched == [0, 2]
+    assert watched == [0, 1, 3]
     assert {tag: value for tag, value in memory.steps[0].items() if "/" in tag} == alone[0]
