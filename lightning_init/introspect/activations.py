@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_init.introspect.quiet_code import OF_ALL_MODULES, is_quiet, is_simple
 from lightning_init.sandbox import is_elementwise, sandbox
 
 _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
@@ -15,9 +17,6 @@ _PROBE = (-30.0, -5.0, -1.5, -0.3, 0.2, 0.7, 2.5)
 
 _FAR = (-1e4, -1e3, 1e3, 1e4)
 """Where what saturates has settled."""
-
-_MOST_STATE = 1 << 16
-"""Elements of an activation's buffers: what holds more is a memory bank, too large to be copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +40,40 @@ class ActivationTraits:
         return not self.rectifies and math.isfinite(self.high - self.low)
 
 
+_found: dict[Any, ActivationTraits | None] = {}
+"""What was found out about modules of PyTorch's that have nothing but numbers, by their type and these numbers."""
+
+
 def activation_of(module: nn.Module) -> ActivationTraits | None:
     """What kind of activation ``module`` is; None if it is none.
 
     An activation is a leaf without parameters that, in eval mode, maps numbers elementwise and is not the
     identity. A copy of the module is called with seven numbers together and with each of them alone: what
-    normalises, pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout.
+    normalises, pools, reshapes, needs other inputs or fails on them is no activation, and neither is dropout. A module
+    that somebody would notice being called, or that is large, is not asked (:func:`is_quiet`), and is none.
 
     >>> activation_of(nn.Tanh()), activation_of(nn.Dropout())
     (ActivationTraits(rectifies=False, low=-1.0, high=1.0), None)
     """
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
-    if sum(buffer.numel() for buffer in module.buffers()) > _MOST_STATE:
+    key = _what_it_depends_on(module)
+    if key is None:
+        return _ask(module) if is_quiet(module) else None
+    if key not in _found:
+        _found[key] = _ask(module)
+    return _found[key]
+
+
+def _what_it_depends_on(module: nn.Module) -> Any:
+    """Of a module of PyTorch's without tensors, its type and its numbers; None if there may be more."""
+    if not type(module).__module__.startswith("torch.nn.") or next(module.buffers(), None) is not None:
         return None
+    own = {name: value for name, value in vars(module).items() if name not in OF_ALL_MODULES}
+    return (type(module), *own.items()) if all(map(is_simple, own.values())) else None
+
+
+def _ask(module: nn.Module) -> ActivationTraits | None:
     probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
     try:
         with sandbox(module) as copied, torch.no_grad():

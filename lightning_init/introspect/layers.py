@@ -40,22 +40,29 @@ class Layer:
 def find_layers(model: nn.Module) -> list[Layer]:
     """Every layer of ``model``, in registration order.
 
-    A layer is a module that owns parameters directly, or an activation module. The model itself is none.
-    Multi-head attention and recurrent networks are one layer each; ``parametrizations`` belong to their module.
+    A layer is a module that owns parameters directly, or an activation module. Multi-head attention and recurrent
+    networks are one layer each; ``parametrizations`` belong to their module. The model itself is a layer, named after
+    its class, if it owns all parameters that there are: ``nn.Linear(4, 2)`` alone.
     """
     layers: list[Layer] = []
     compiled = _is_compiled(model)
     inside: set[nn.Module] = set()  # these belong to a layer and are none themselves
+    root: nn.Module = model
+    of_root: tuple[nn.Parameter, ...] = ()
     for name, module in clean_modules(model):
-        if not name or module in inside:
+        if module in inside:
             continue
         belonging = _modules_belonging_to(module)
         inside.update(belonging)
-        own = [parameter for owner in (module, *belonging) for parameter in owner.parameters(recurse=False)]
-        if own:
-            layers.append(Layer(name, module, None, tuple(dict.fromkeys(own)), compiled))
+        own = tuple(dict.fromkeys(p for owner in (module, *belonging) for p in owner.parameters(recurse=False)))
+        if not name:
+            root, of_root = module, own  # the last of them is what all wrappers wrap
+        elif own:
+            layers.append(Layer(name, module, None, own, compiled))
         elif activation := activation_of(module):
             layers.append(Layer(name, module, activation, (), compiled))
+    if of_root and not any(layer.parameters for layer in layers):
+        layers.insert(0, Layer(type(root).__name__, root, None, of_root, compiled))
     return layers
 
 

@@ -75,7 +75,7 @@ def unit_rule(module: nn.Module) -> UnitRule:
         if isinstance(module, module_type):
             return rule(module) if _has_forward_of_torch(type(module)) else UnitRule(rule(module).units)
     for attribute in ("out_features", "embedding_dim", "embed_dim"):  # Linear, Bilinear, Embedding, attention
-        if isinstance(units := getattr(module, attribute, None), int):
+        if isinstance(units := vars(module).get(attribute), int):
             return UnitRule(units, -1)
     return UnitRule(_units_of_unknown(module))
 

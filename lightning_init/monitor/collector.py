@@ -15,12 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor  # no public name tells
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
 from lightning_init.distributed.shards import UnitShard, local_numbers
 from lightning_init.introspect.layers import Layer
+from lightning_init.monitor.autograd import (
+    current_node_number,
+    current_pass,
+    graph_is_kept,
+    in_backward_pass,
+    reaches_any,
+)
 from lightning_init.monitor.eager import hold_eager, release_eager
 from lightning_init.monitor.moments import Moments, Number, merge, moments_of, scale
 from lightning_init.monitor.record import LayerRecord, Place
@@ -47,6 +55,7 @@ class ActivationCollector:
     Attributes:
         records: by layer and place, in the order of their first calls.
         gradient_factor: what gradients are multiplied by; None while no backward pass was announced.
+        parameters: if given, gives the model's parameters, and only backward passes that reach one of them count.
         unannounced: names of layers whose gradients came while ``gradient_factor`` was None.
         with_gradient: names of layers whose gradients were recorded.
         partial_layers: names of layers whose outputs or gradients were sums that ranks had not made yet.
@@ -64,6 +73,7 @@ class ActivationCollector:
         self.layers = list(layers)
         self.records: dict[Place, LayerRecord] = {}
         self.gradient_factor: Number | None = None
+        self.parameters: Callable[[], Iterable[nn.Parameter]] | None = None
         self.unannounced: dict[str, None] = {}
         self.with_gradient: set[str] = set()
         self.partial_layers: dict[str, None] = {}
@@ -84,6 +94,8 @@ class ActivationCollector:
         self._has_own_hook: set[int] = set()
         self._left_out: set[str] = set()
         self._hooked_bases: dict[int, weakref.ref[Tensor]] = {}
+        self._kept_gradients: dict[tuple[Place, int], Tensor] = {}
+        self._counted_pass: tuple[int, bool] = (-1, True)
         self._reusable_sums: dict[Place, Number] = {}
         self._hook_of = {id(hook.layer.module): hook for hook in self._output_hooks}
 
@@ -121,6 +133,7 @@ class ActivationCollector:
             handle.remove()
         self._handles.clear()
         self._hooked_bases.clear()
+        self._kept_gradients.clear()
         self._units.forget()
         self.gradient_factor = None
 
@@ -185,15 +198,44 @@ class ActivationCollector:
         if factor is None:  # torch.autograd.grad inside the forward pass, or a loss.backward() nobody announced
             self.unannounced.setdefault(layer.name)
             return
+        if is_functorch_wrapped_tensor(gradient) or not self._is_pass_counted():
+            return
         local = gradient if type(gradient) is Tensor else local_numbers(gradient)
         if local is None:
             self.partial_layers.setdefault(layer.name)
             return
-        moments = scale(moments_of(local), factor)
+        moments = moments_of(local)
+        if (may_come_again := graph_is_kept()) or self._kept_gradients:
+            moments = self._added_to_earlier(place, local, moments, may_come_again)
+        moments = scale(moments, factor)
         record = self._record_of(place)
         if record.gradients is None:
             self.with_gradient.add(layer.name)
         record.gradients = merge(record.gradients, moments) if record.gradients else moments
+
+    def _is_pass_counted(self) -> bool:
+        """Whether the present backward pass computes the gradient of a parameter, asked once a pass."""
+        if self.parameters is None:
+            return True
+        number = current_pass()
+        if number != self._counted_pass[0]:
+            self._counted_pass = number, reaches_any(self.parameters())
+        return self._counted_pass[1]
+
+    def _added_to_earlier(self, place: Place, gradient: Tensor, moments: Moments, may_come_again: bool) -> Moments:
+        """What moments change by if ``gradient`` is added to that of earlier passes through the same output.
+
+        Several losses may be differentiated one after the other; what is measured is the gradient of their sum.
+        """
+        key = place, current_node_number()
+        earlier = self._kept_gradients.pop(key, None)
+        total = gradient if earlier is None else earlier + gradient
+        if may_come_again:
+            self._kept_gradients[key] = total.detach()
+        if earlier is None:
+            return moments
+        before, after = moments_of(earlier), moments_of(total)
+        return Moments(after.n - before.n, after.sums - before.sums, after.squares - before.squares)
 
     def _record_moments(self, layer: Layer, place: Place, found: FoundUnits, tensor: Tensor) -> None:
         """Record an output's moments, and what else was asked for.
@@ -284,14 +326,6 @@ def _with_all_units(moments: Moments, shard: UnitShard) -> Moments:
     sums = moments.sums.new_zeros(shard.total)
     sums[shard.offset : shard.offset + shard.held] = moments.sums
     return moments._replace(sums=sums)
-
-
-def in_backward_pass() -> bool:
-    """Whether this thread is inside a backward pass; a forward pass there is activation checkpointing's second one.
-
-    The autograd engine numbers its runs, and -1 stands for none. PyTorch has no public name for the number.
-    """
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -129,7 +129,7 @@ class Recorder:
 
     def start_step(self) -> None:
         """Begin a logged step: forget what an unfinished one has recorded."""
-        self._collector.drain()
+        self._collector.reuse(self._collector.drain())
         self._norms.clear()
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
@@ -144,9 +144,15 @@ class Recorder:
         """Take the hooks off. What was recorded stays."""
         self._collector.detach()
 
-    def announce_backward(self, factor: Number) -> None:
-        """Record the gradients of backward passes from here on, times ``factor``, until ``end_backward``."""
-        self._collector.gradient_factor = factor
+    def announce_backward(self, factor: Number, parameters: Callable[[], Iterable[nn.Parameter]] | None = None) -> None:
+        """Record the gradients of backward passes from here on, times ``factor``, until ``end_backward``.
+
+        Args:
+            factor: what gradients are multiplied by.
+            parameters: if given, only passes that compute the gradient of one of these count: that of a loss does,
+                while derivatives by the inputs may be part of one.
+        """
+        self._collector.gradient_factor, self._collector.parameters = factor, parameters
 
     def end_backward(self) -> None:
         """Record no more gradients."""

@@ -187,7 +187,8 @@ class UnitFinder:
     def _rule(self, layer: Layer) -> UnitRule:
         rule = self._rules.get(layer.name)
         if rule is None:  # only now, because a lazy module has no sizes before it is called
-            rule = self._rules[layer.name] = unit_rule(layer.module)
+            rule = UnitRule() if layer.activation else unit_rule(layer.module)
+            self._rules[layer.name] = rule
         return rule
 
     def _traced(self, node: Any) -> tuple[UnitRule, UnitShard | None, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_init.introspect import activations
 from lightning_init.introspect.activations import ActivationTraits, activation_of
 
 
@@ -168,5 +172,119 @@ class Memory(nn.Module):
 
 def test_activation_of_copies_no_large_state(monkeypatch: pytest.MonkeyPatch) -> None:
     assert activation_of(Memory()) is None
-    monkeypatch.setattr("lightning_init.introspect.activations._MOST_STATE", 1 << 18)
+    monkeypatch.setattr("lightning_init.introspect.quiet_code._MOST_ELEMENTS", 1 << 18)
     assert activation_of(Memory()) is not None  # it was the size
+
+
+class Printing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        print("called")
+        return x.relu()
+
+
+class PrintsDeepInside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+    def helper(self, x: Tensor) -> Tensor:
+        return announced(x).relu()
+
+
+def announced(x: Tensor) -> Tensor:
+    sys.stdout.write("called")
+    return x
+
+
+class Listing(nn.Module):
+    """Remembers what it has seen outside of itself."""
+
+    seen: ClassVar[list[object]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(x)
+        return x.relu()
+
+
+SEEN: list[Tensor] = []
+
+
+class Perceptual(nn.Module):
+    """Holds a network where no module is looked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = [NeverCopied()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network[0](x)
+
+
+class NeverCopied(nn.Module):
+    def __deepcopy__(self, memo: dict[int, object]) -> NeverCopied:
+        raise AssertionError("a network in a list was copied")
+
+
+class Writer:
+    def write(self, x: Tensor) -> None:
+        raise AssertionError("called")
+
+
+class Logging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.writer = Writer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.writer.write(x)
+        return x.relu()
+
+
+@pytest.mark.parametrize("module", [Printing(), PrintsDeepInside(), Listing(), Perceptual(), Logging()], ids=repr)
+def test_activation_of_calls_nothing_that_is_noticed(module: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    assert activation_of(module) is None
+    assert capsys.readouterr().out == ""
+    assert SEEN == []
+
+
+class SwishFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+
+class MemoryEfficientSwish(nn.Module):
+    """As EfficientNet's implementations have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return SwishFunction.apply(x)
+
+
+class NewGELU(nn.Module):
+    """As language models have it: arithmetic, and a method of its own that is chosen at construction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = self._python
+
+    def _python(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+class Inherited(NewGELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("module", [MemoryEfficientSwish(), NewGELU(), Inherited(), Wrapped(), SquaredReLU()], ids=repr)
+def test_activation_of_reads_other_peoples_code(module: nn.Module) -> None:
+    assert activation_of(module) is not None
+
+
+def test_activation_of_is_asked_once_for_modules_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    activation_of(nn.LeakyReLU(0.3))
+    monkeypatch.setattr(activations, "_ask", lambda module: pytest.fail("asked again"))
+    assert activation_of(nn.LeakyReLU(0.3)) == ActivationTraits(rectifies=False)

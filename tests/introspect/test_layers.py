@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations
 
 from lightning_init.introspect.activations import ActivationTraits
-from lightning_init.introspect.layers import clean_modules, find_layers, select_layers
+from lightning_init.introspect.layers import Parts, clean_modules, find_layers, select_layers
 from tests.support.models import RowLSTM, RowTransformer, mlp
 
 
@@ -46,9 +47,48 @@ def names(model: nn.Module) -> list[str]:
 
 def test_layers_are_owners_and_activations_without_the_root() -> None:
     assert names(Root()) == ["block", "block.inner", "block.act", "block.module"]
-    assert names(nn.Linear(2, 2)) == []
     kinds = {layer.name: layer.activation for layer in find_layers(mlp(8, 1, nn.Tanh))}
     assert kinds == {"0": None, "1": ActivationTraits(False, -1.0, 1.0), "2": None}
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, compiled, nn.DataParallel, lambda m: Fabric(accelerator="cpu").setup(m)])
+def test_model_that_is_one_layer_is_named_after_its_class(wrap) -> None:  # type: ignore[no-untyped-def]
+    for model in (
+        nn.Linear(2, 2),
+        nn.LSTM(2, 2),
+        nn.MultiheadAttention(2, 1),
+        parametrizations.weight_norm(OneLayer()),
+    ):
+        (layer,) = find_layers(wrap(model))
+        assert layer.name in ("Linear", "LSTM", "MultiheadAttention", "ParametrizedOneLayer")
+        assert layer.module is model
+        assert set(layer.parameters) == set(model.parameters())
+    assert names(wrap(nn.Sequential(nn.Linear(2, 2)))) == ["0"]
+    assert names(nn.ReLU()) == []
+
+
+class OneLayer(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
+def test_parts_of_a_model_that_has_changed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    changes = [
+        lambda: model.append(nn.ReLU()),
+        lambda: setattr(model[0], "weight", nn.Parameter(torch.ones(2, 2))),
+        lambda: parametrizations.weight_norm(model[1][0]),
+        lambda: model[1].__setitem__(0, nn.Linear(2, 2)),
+        lambda: setattr(model[0], "bias", None),
+    ]
+    for change in changes:
+        parts = Parts(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2).requires_grad_(not parameter.requires_grad)
+        assert parts.are_those_of(model)
+        change()
+        assert not parts.are_those_of(model)
 
 
 def test_layers_of_attention_and_recurrent_networks_are_one() -> None:
@@ -71,8 +111,11 @@ def test_layers_own_their_parametrizations() -> None:
 
 @pytest.mark.parametrize(
     "wrap",
-    [compiled, checkpoint_wrapper, nn.DataParallel, lambda m: compiled(checkpoint_wrapper(m))],
-    ids=["compile", "checkpoint", "parallel", "both"],
+    [
+        *(compiled, checkpoint_wrapper, nn.DataParallel, lambda m: compiled(checkpoint_wrapper(m))),
+        lambda m: Fabric(accelerator="cpu").setup_module(m),
+    ],
+    ids=["compile", "checkpoint", "parallel", "both", "fabric"],
 )
 def test_layer_names_are_the_users(wrap) -> None:  # type: ignore[no-untyped-def]
     model = Root()
