@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # the same names once more, where type checkers and editors l
     from lightning_init.initialization.rules import Rule
     from lightning_init.introspect.role import Role
     from lightning_init.introspect.roles import fans_of, register
+    from lightning_init.monitor.histograms import Histogram
     from lightning_init.monitor.observe import observe
-    from lightning_init.monitor.statistics import Histogram, LayerStats, StatName
+    from lightning_init.monitor.statistics import LayerStats, StatName
     from lightning_init.schemes.distributions import Constant, Distribution, Normal, TruncatedNormal, Uniform
     from lightning_init.schemes.fans import Fans
     from lightning_init.schemes.gains import gain_of
@@ -51,7 +52,8 @@ _HOMES = {
     "introspect.role": ["Role"],
     "introspect.roles": ["fans_of", "register"],
     "monitor.observe": ["observe"],
-    "monitor.statistics": ["Histogram", "LayerStats", "StatName"],
+    "monitor.histograms": ["Histogram"],
+    "monitor.statistics": ["LayerStats", "StatName"],
     "schemes.distributions": ["Constant", "Distribution", "Normal", "TruncatedNormal", "Uniform"],
     "schemes.fans": ["Fans"],
     "schemes.gains": ["gain_of"],

@@ -88,7 +88,11 @@ class ActivationVarianceMonitor(Callback):
     ``update_ratio``           L2 norm of what the step has added to them, divided by ``weight_norm``
                                (holds a copy of the parameters during a logged step)
     ``gradient_norm_clipped``  ``gradient_norm`` after clipping
-    ``histogram``              of the output, in TensorBoard: 64 bins, powers of two of either sign
+    ``histogram``              of the output, in TensorBoard: 64 bins, powers of two of either sign; NaN and
+                               infinite elements are counted apart, in ``histogram_nan`` and
+                               ``histogram_infinite`` (one more collective)
+    ``gradient_histogram``     the same of the layer's parameters' gradients; ``weight_histogram`` of the parameters
+    ``parameter_gradient_norm``  ``gradient_norm`` of each parameter; ``parameter_norm`` of the parameter itself
     ``gradient_rms``           root of the mean square of d loss / d output
     ``near_zero``              share of outputs smaller than 1e-3 of their root mean square (of that number, the next
                                smaller of 1, 1.25, 1.5 and 1.75 times a power of two)
@@ -256,6 +260,8 @@ class ActivationVarianceMonitor(Callback):
             if (stats := session.recorder.exchange()) is not None:
                 self._publish(session, trainer, stats, step)
                 self._count_empty_norms(session, trainer, stats, step)
+        except Warning:  # which the user wants as an error
+            raise
         except Exception as error:
             session.recorder.fail("writing", error)
         left_out = {} if session.recorder.disabled_reason else session.recorder.left_out
@@ -395,6 +401,13 @@ class ActivationVarianceMonitor(Callback):
                 "partial", f"leaves out partial sums, which no rank holds whole: {_listed(partial_layers)}."
             )
         writer = StatisticsWriter(trainer.loggers)
+        histograms = [stat for stat in self.stats if STATISTICS[stat].shown_as == "histogram"]
+        if histograms and writer.others:
+            session.warn_once(
+                "histograms",
+                f"writes {', '.join(histograms)} to TensorBoard only; "
+                f"{', '.join(type(logger).__name__ for logger in writer.others)} gets all else.",
+            )
         writer.write_layout(self.stats)
         return writer
 

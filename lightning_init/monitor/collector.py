@@ -80,7 +80,7 @@ class ActivationCollector:
         self.returned_child_output: dict[str, None] = {}
         self.with_gradients = any(STATISTICS[stat].source == "gradient" for stat in stats)
         self._should_record: Callable[[], bool] = always
-        self._measures = measures_of(stats)
+        self._measures = measures_of(stats, of=["output"])
         self._neighbours = list(neighbours)
         self._containers = _names_of_containers([*self.layers, *self._neighbours])
         self._on_fault = on_fault

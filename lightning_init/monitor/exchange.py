@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_init.distributed.ranks import all_reduce
+from lightning_init.monitor.measures import Measure
 from lightning_init.monitor.moments import CentralMoments, Moments, Number, pack, shifted_to
 from lightning_init.monitor.record import LayerRecord
-from lightning_init.monitor.statistics import OutputMeasure, measures_of
+from lightning_init.monitor.statistics import measures_of
 from lightning_init.monitor.units import UNKNOWN_UNITS
 
 T = TypeVar("T")
@@ -185,12 +186,12 @@ class SecondPass:
         records: of this rank; empty if it has failed, because it has to take part in the collectives all the same.
 
     Attributes:
-        results: by statistic, what was exchanged, [layers].
+        results: by name of the measure, what was exchanged: [layers] of a "central" one, [layers · width] of a "max".
     """
 
     def __init__(self, stats: Sequence[str], layout: VectorLayout, records: Mapping[str, LayerRecord]) -> None:
         self.results: dict[str, Tensor] = {}
-        self._measures = {stat: m for stat, m in measures_of(stats).items() if m.adds_up != "sum"}
+        self.measures = {stat: m for stat, m in measures_of(stats).items() if m.adds_up != "sum"}
         self._layout, self._records = layout, records
 
     def exchange(self, total: Tensor, on_fault: Callable[[str, Exception], None]) -> None:
@@ -200,26 +201,29 @@ class SecondPass:
             total: the vector of the first exchange, summed over ranks.
             on_fault: called with what failed and the exception.
         """
-        for stat, measure in self._measures.items():
+        for stat, measure in self.measures.items():
             try:
                 vector = self._vector(stat, measure, total)
             except Exception as error:
                 on_fault("second exchange", error)
-                vector = torch.full_like(self._zeros(), torch.nan)
+                vector = torch.full_like(self._empty(measure), torch.nan)
             all_reduce(vector, maximum=measure.adds_up == "max")
             self.results[stat] = vector
 
-    def _vector(self, stat: str, measure: OutputMeasure, total: Tensor) -> Tensor:
-        """This rank's numbers, [layers]."""
-        vector = self._zeros()
+    def _vector(self, stat: str, measure: Measure, total: Tensor) -> Tensor:
+        """This rank's numbers, [layers] or [layers · width]."""
+        vector, width = self._empty(measure), measure.width
         means = self._layout.means(total) if measure.adds_up == "central" else vector
         for i, name in enumerate(self._layout.layers):
             measured = self._records[name].measured.get(stat) if name in self._records else None
             if isinstance(measured, CentralMoments):
                 vector[i] = shifted_to(measured, means[i])[measure.power - 2]
             elif measured is not None:
-                vector[i] = measured
+                vector[i * width : (i + 1) * width] = measured
         return vector
 
-    def _zeros(self) -> Tensor:
-        return torch.zeros(len(self._layout.layers), dtype=torch.float64, device=self._layout.device)
+    def _empty(self, measure: Measure) -> Tensor:
+        """What a rank adds that has measured nothing."""
+        nothing = -torch.inf if measure.adds_up == "max" else 0.0
+        size = len(self._layout.layers) * measure.width
+        return torch.full((size,), nothing, dtype=torch.float64, device=self._layout.device)

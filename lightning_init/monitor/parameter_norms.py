@@ -62,6 +62,8 @@ class ParameterNorms:
         self.kinds = norm_kinds_of(stats)
         self.world_size = world_size
         self._owned = list(dict.fromkeys(parameter for layer in layers for parameter in layer.parameters))
+        names = {p: f"{layer.name}.{name}" for layer in layers for name, p in layer.module.named_parameters()}
+        self._names = [names.get(parameter, "") for parameter in self._owned]
         self._index = {parameter: index for index, parameter in enumerate(self._owned, 1)}  # 0 is for all others
         by_owner = {
             label_of(layer.name): [self._index[p] for p in layer.parameters] for layer in layers if layer.parameters
@@ -150,6 +152,20 @@ class ParameterNorms:
             for i, kind in enumerate(self.kinds)
         }
 
+    def read_parameters(self, numbers: npt.NDArray[np.float64]) -> dict[str, dict[str, float]]:
+        """By kind, the norm of each parameter that a layer owns, by its name."""
+        blocks = numbers.reshape(len(self.kinds), 2, 1 + len(self._owned))
+        return {
+            kind: {
+                name: norm
+                for name, norm, count in zip(
+                    self._names, np.sqrt(squares[1:]).tolist(), counts[1:].tolist(), strict=True
+                )
+                if count
+            }
+            for kind, (squares, counts) in zip(self.kinds, blocks, strict=True)
+        }
+
     def _block(self, kind: str) -> list[Number]:
         recorded = self._squares[kind]
         parameters = tuple(parameter for squares in recorded for parameter in squares.parameters)
@@ -210,7 +226,7 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
     for i, tensor in enumerate(tensors):
         fast = has_fast_path(tensor)
         if not fast:
-            tensor, copies[i] = _local_elements(tensor, world_size)
+            tensor, copies[i] = local_elements(tensor, world_size)
             fast = has_fast_path(tensor)
         if fast or tensor.numel() > _SMALL or tensor.is_mps:  # Apple's GPUs have no float64; moments_of knows
             sums[i] = moments_of(tensor).squares
@@ -228,7 +244,7 @@ def sums_of_squares(tensors: Sequence[Tensor], world_size: int = 1) -> list[Numb
     return [sums[i] / copies[i] for i in range(len(tensors))]
 
 
-def _local_elements(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
+def local_elements(tensor: Tensor, world_size: int) -> tuple[Tensor, int]:
     """The elements of ``tensor`` that this rank holds, as real numbers, and how many ranks hold the same ones."""
     copies = world_size
     if isinstance(tensor, DTensor):

@@ -21,6 +21,7 @@ from lightning_init.monitor.exchange import (
     in_one_order,
 )
 from lightning_init.monitor.moments import Number
+from lightning_init.monitor.parameter_measures import ParameterMeasures
 from lightning_init.monitor.parameter_norms import ParameterNorms, whole_gradients
 from lightning_init.monitor.record import LayerRecord, Place, label_of
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, measures_of
@@ -104,6 +105,7 @@ class Recorder:
         self._collector = ActivationCollector(layers, self.stats, on_fault=self._fail_in_hook, neighbours=neighbours)
         self._collector.leave_out(self.left_out)
         self._norms = ParameterNorms(layers, self.stats, world_size())
+        self._parameter_measures = ParameterMeasures(layers, self.stats, world_size())
         self._has_new_layers = self._layout is not None
 
     @property
@@ -131,6 +133,7 @@ class Recorder:
         """Begin a logged step: forget what an unfinished one has recorded."""
         self._collector.reuse(self._collector.drain())
         self._norms.clear()
+        self._parameter_measures.clear()
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
         """Put hooks on the layers; until ``detach``, compiled code runs eagerly.
@@ -179,10 +182,11 @@ class Recorder:
             parameters: of one optimizer.
             factor: called for what gradients are multiplied by.
         """
-        if self._norms.kinds:
+        if self._norms.kinds or self._parameter_measures.measures:
             gradients = whole_gradients(parameters)
             if self.local_error is None:
                 self._norms.before_step(gradients, factor())
+                self._parameter_measures.before_step(gradients, factor())
 
     def after_optimizer_step(self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled) -> None:
         """Record clipped gradients and updates, when the optimizer has changed ``parameters``."""
@@ -203,6 +207,7 @@ class Recorder:
             keep: the next exchange sums what was recorded so far once more, with what comes until then.
         """
         records = self._collector.records if keep else self._collector.drain()
+        self._parameter_measures.add_to(records)
         if self._layout is None:
             self._agree(records)
         flags, result = self._sum_over_ranks(records)
@@ -211,6 +216,7 @@ class Recorder:
             flags, result = self._sum_over_ranks(records)
         if not keep:
             self._norms.clear()
+            self._parameter_measures.clear()
             self._collector.reuse(records)
         if flags[FAULT]:
             self._agree({})

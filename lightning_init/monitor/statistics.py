@@ -15,13 +15,19 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from lightning_init.checks import check_choice, check_list
 from lightning_init.introspect.layers import Layer
-from lightning_init.monitor.moments import CentralMoments, Measured, central_moments_of, merge_central
+from lightning_init.monitor.histograms import BINS, EXTREMES, Histogram, histograms_of
+from lightning_init.monitor.measures import (
+    FOURTH_MOMENT,
+    LARGEST,
+    MAGNITUDE_BINS,
+    SATURATED,
+    Array,
+    Measure,
+    near_zero_share,
+)
 
 StatName = Literal[
     "default",
@@ -41,32 +47,19 @@ StatName = Literal[
     "histogram",
     "gradient_rms",
     "near_zero",
+    "gradient_histogram",
+    "weight_histogram",
+    "parameter_gradient_norm",
+    "parameter_norm",
 ]
 """What the argument ``stats`` may hold: the names of all statistics, and "default" for the default set."""
 
-Array: TypeAlias = npt.NDArray[np.float64]
 NormKind: TypeAlias = Literal["gradient", "clipped", "weight", "update"]
 """A tensor of every parameter whose norm can be taken: its gradient before and after clipping, itself before the
 optimizer's step, and what that step adds to it."""
 
 
 # What a logged step looks like in statistics
-
-
-class Histogram(NamedTuple):
-    """How a layer's outputs are distributed.
-
-    Attributes:
-        counts: elements in each bin between :data:`~lightning_init.monitor.statistics.EDGES`.
-        n: number of elements.
-        mean: of all of them.
-        rms: root of their mean square.
-    """
-
-    counts: list[float]
-    n: float
-    mean: float
-    rms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +70,24 @@ class LayerStats:
 
     Attributes:
         values: the chosen statistics; norms also have an entry ``total``, over all parameters.
-        histograms: by layer, if chosen.
+        histograms: ``histograms[statistic][layer]``, if chosen.
     """
 
     values: dict[str, dict[str, float]]
-    histograms: dict[str, Histogram] = field(default_factory=dict)
+    histograms: dict[str, dict[str, Histogram]] = field(default_factory=dict)
 
     @property
     def tags(self) -> dict[str, float]:
-        """The values by the names they are logged under: ``statistic/layer``."""
-        return {f"{stat}/{layer}": value for stat, row in self.values.items() for layer, value in row.items()}
+        """The values by the names they are logged under: ``statistic/layer``.
+
+        What a histogram cannot show is a number of its own, where there is any: how many elements were NaN
+        (``histogram_nan/layer``) and how many infinite (``histogram_infinite/layer``).
+        """
+        tags = {f"{stat}/{layer}": value for stat, row in self.values.items() for layer, value in row.items()}
+        for stat, row in self.histograms.items():
+            tags.update({f"{stat}_nan/{layer}": h.nan for layer, h in row.items() if h.nan})
+            tags.update({f"{stat}_infinite/{layer}": h.infinite for layer, h in row.items() if h.infinite})
+        return tags
 
 
 # What a statistic is finished from: sums over all calls, micro-batches and ranks
@@ -127,47 +128,23 @@ class StepSums(NamedTuple):
     Attributes:
         outputs: of the layers' outputs.
         gradients: of d loss / d output.
-        measured: by statistic, what its :class:`OutputMeasure` has added up to: [layers, width] for "sum", [layers]
-            for "max", and for "central" Σ(x - mean)ᵏ with the statistic's k, [layers].
+        measured: by name, what a :class:`Measure` has added up to: [layers, width] for "sum" and "max", and for
+            "central" Σ(x - mean)ᵏ with the measure's k, [layers].
         norms: by kind, L2 norms of each layer that owns such parameters, and of "total".
+        parameter_norms: by kind, those of each parameter, by its name.
     """
 
     outputs: OutputSums
     gradients: GradientSums
     measured: Mapping[str, Array]
     norms: Mapping[str, Mapping[str, float]]
+    parameter_norms: Mapping[str, Mapping[str, float]]
 
 
 # An entry of the registry
 
 
-class OutputMeasure(NamedTuple):
-    """Something to measure on each output, beside the moments that are measured anyway.
-
-    Attributes:
-        measure: called with the layer and this rank's elements of its output. Gives float64 [width] for "sum", a
-            float64 [] that is not negative for "max", central moments for "central"; None where it makes no sense.
-        width: how many numbers a "sum" has.
-        adds_up: how measurements are joined over calls and ranks. "sum" travels with the moments, in the one collective
-            of a logged step; "max" and "central" take one more each.
-        power: k of the Σ(x - mean)ᵏ that a "central" measure is for: 2, 3 or 4.
-    """
-
-    measure: Callable[[Layer, Tensor], Measured | None]
-    width: int = 1
-    adds_up: Literal["sum", "max", "central"] = "sum"
-    power: int = 4
-
-    def merge(self, a: Measured, b: Measured) -> Measured:
-        """The measurement of both sets of elements together."""
-        if isinstance(a, CentralMoments) or isinstance(b, CentralMoments):
-            assert isinstance(a, CentralMoments)
-            assert isinstance(b, CentralMoments)
-            return merge_central(a, b)
-        return torch.maximum(a, b) if self.adds_up == "max" else a + b
-
-
-Finished: TypeAlias = Array | Sequence[Histogram] | Mapping[str, float]
+Finished: TypeAlias = Array | Sequence[Histogram | None] | Mapping[str, float]
 """One number (or histogram) of each layer, [layers]; for norms, one by name, "total" included."""
 
 
@@ -181,7 +158,7 @@ class Statistic:
         unit: of its numbers, in terms of the output, the loss and so on; "1" is a plain number.
         source: what it tells about. Where a layer had no output or no gradient, those of that source are left out.
         finish: gives the numbers from the sums. Divisions by 0 are silent there.
-        measure: what to measure on each output for it; None: the moments that are measured anyway are enough.
+        measures: by name, what to measure for it; the moments that are measured anyway are enough for most.
         norms: for source "parameters", the norms it is made of.
         layers: which layers it makes sense for; None: all.
         needs_step: whether something has to be measured when the optimizer has stepped.
@@ -196,7 +173,7 @@ class Statistic:
     unit: str
     source: Literal["output", "gradient", "parameters"]
     finish: Callable[[StepSums], Finished]
-    measure: OutputMeasure | None = None
+    measures: Mapping[str, Measure] = field(default_factory=dict)
     norms: tuple[NormKind, ...] = ()
     layers: Callable[[Layer], bool] | None = None
     needs_step: bool = False
@@ -205,24 +182,7 @@ class Statistic:
     least: Literal["one", "two", "one of each unit", "two of each unit"] = "one"
 
 
-# What is measured on outputs
-
-_MARGIN = 0.01
-"""Share of an activation's range within which an output counts as saturated: tanh beyond ±2.3, sigmoid beyond ±4.6."""
-
-EDGES = (*(-(2.0**k) for k in range(10, -21, -1)), 0.0, *(2.0**k for k in range(-20, 11)))
-"""Between the histogram's 64 bins: powers of two from 2^-20 to 2^10 of either sign, the same on every rank."""
-
-
-_NEAR_ZERO = 1e-3
-"""Of the rms: what is smaller adds less than a millionth of the mean square, so that it hardly takes part."""
-
-_EXPONENT_BITS = 8
-_SUBDIVISION_BITS = 2
-"""Bits of a float32's mantissa that tell apart the bins of near_zero within an octave: four bins, at 1, 1.25, 1.5 and
-1.75 times a power of two. Two bits more would cost four times as much memory and traffic for a threshold within 6 %."""
-
-_MAGNITUDE_BINS = 1 << (_EXPONENT_BITS + _SUBDIVISION_BITS)
+# Which layers a statistic makes sense for
 
 
 def rectifies(layer: Layer) -> bool:
@@ -233,42 +193,6 @@ def rectifies(layer: Layer) -> bool:
 def saturates(layer: Layer) -> bool:
     """Whether ``layer`` is an activation with two flat ends, such as a sigmoid or tanh."""
     return layer.activation is not None and layer.activation.saturates
-
-
-def saturated(layer: Layer, output: Tensor) -> Tensor | None:
-    """How many elements of a bounded activation are within a hundredth of its range from either end, [1]."""
-    activation = layer.activation
-    if activation is None or not activation.saturates:
-        return None
-    margin = _MARGIN * (activation.high - activation.low)
-    output = output.float()
-    flat = (output < activation.low + margin) | (output > activation.high - margin)
-    return flat.sum(dtype=torch.float64).reshape(1)
-
-
-def binned(layer: Layer, output: Tensor) -> Tensor:
-    """How many elements are in each bin, [64]: bin i is from EDGES[i - 1], exclusive, to EDGES[i]."""
-    edges = torch.tensor(EDGES, dtype=torch.float32, device=output.device)
-    bins = torch.bucketize(output.detach().reshape(-1).float(), edges)
-    return torch.bincount(bins, minlength=len(EDGES) + 1).double()
-
-
-def largest(layer: Layer, output: Tensor) -> Tensor:
-    """The largest magnitude, [] float64: NaN if any element is NaN, 0 if there are no elements."""
-    return output.detach().abs().max().double() if output.numel() else output.new_zeros((), dtype=torch.float64)
-
-
-def magnitude_bins(layer: Layer, output: Tensor) -> Tensor:
-    """How many elements are in each bin of magnitude, [1024]: by the exponent and first mantissa bits as float32.
-
-    The bits of a positive float, read as an integer, grow with it; without the last 21 of them they are the bin.
-    """
-    bits = output.detach().reshape(-1).float().abs().view(torch.int32)
-    return torch.bincount(bits >> (23 - _SUBDIVISION_BITS), minlength=_MAGNITUDE_BINS).double()
-
-
-def _central_moments(layer: Layer, output: Tensor) -> CentralMoments:
-    return central_moments_of(output)
 
 
 # How numbers are finished from sums
@@ -312,7 +236,8 @@ def _dead_units(sums: StepSums) -> Array:
 
 
 def _activation_max(sums: StepSums) -> Array:
-    return sums.measured["activation_max"]
+    largest: Array = sums.measured["activation_max"][:, 0]
+    return largest
 
 
 def _saturation(sums: StepSums) -> Array:
@@ -326,10 +251,8 @@ def _kurtosis(sums: StepSums) -> Array:
     return np.where(spread != 0, sums.measured["kurtosis"] / spread, np.nan)
 
 
-def _histogram(sums: StepSums) -> list[Histogram]:
-    bins = sums.measured["histogram"].tolist()
-    of_layers = (sums.outputs.n, _activation_mean(sums), _activation_rms(sums))
-    return [Histogram(*row) for row in zip(bins, *(numbers.tolist() for numbers in of_layers), strict=True)]
+def _histogram(stat: str, sums: StepSums) -> list[Histogram | None]:
+    return histograms_of(sums.measured[stat], sums.measured[f"{stat} extremes"])
 
 
 def _gradient_rms(sums: StepSums) -> Array:
@@ -337,21 +260,15 @@ def _gradient_rms(sums: StepSums) -> Array:
 
 
 def _near_zero(sums: StepSums) -> Array:
-    """Share of elements in the bins below the one that holds 1e-3 · rms; NaN where the rms is not finite.
-
-    The rms is that of all calls and ranks, which none of them knows while it counts; that is why they count bins. The
-    threshold is therefore the bin edge below 1e-3 · rms, between 0.8e-3 and 1e-3 · rms. The lowest bin always belongs
-    to the share, so that outputs that are all 0 are near zero, though their rms is 0 as well.
-    """
-    threshold = (_NEAR_ZERO * _rms(sums.outputs)).astype(np.float32)
-    bins = np.maximum(threshold.view(np.int32) >> (23 - _SUBDIVISION_BITS), 1)  # [layers]
-    below = np.arange(_MAGNITUDE_BINS) < bins[:, None]  # [layers, bins]
-    share = (sums.measured["near_zero"] * below).sum(1) / sums.outputs.n
-    return np.where(np.isfinite(threshold), share, np.nan)
+    return near_zero_share(sums.measured["near_zero"], sums.outputs.n, _rms(sums.outputs))
 
 
 def _norm(kind: NormKind, sums: StepSums) -> Mapping[str, float]:
     return sums.norms[kind]
+
+
+def _parameter_norm(kind: NormKind, sums: StepSums) -> Mapping[str, float]:
+    return sums.parameter_norms[kind]
 
 
 def _update_ratio(sums: StepSums) -> dict[str, float]:
@@ -361,6 +278,10 @@ def _update_ratio(sums: StepSums) -> dict[str, float]:
 
 
 # The registry
+
+
+def _histogram_measures(stat: str, of: Literal["output", "weight", "gradient"]) -> dict[str, Measure]:
+    return {stat: BINS._replace(of=of), f"{stat} extremes": EXTREMES._replace(of=of)}
 
 
 def _by_name(statistics: Iterable[Statistic]) -> Mapping[str, Statistic]:
@@ -435,7 +356,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             unit="output",
             source="output",
             finish=_activation_max,
-            measure=OutputMeasure(largest, adds_up="max"),
+            measures={"activation_max": LARGEST},
         ),
         Statistic(
             name="saturation",
@@ -443,7 +364,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             unit="share of outputs",
             source="output",
             finish=_saturation,
-            measure=OutputMeasure(saturated),
+            measures={"saturation": SATURATED},
             layers=saturates,
         ),
         Statistic(
@@ -452,7 +373,7 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             unit="1",
             source="output",
             finish=_kurtosis,
-            measure=OutputMeasure(_central_moments, adds_up="central", power=4),
+            measures={"kurtosis": FOURTH_MOMENT},
         ),
         Statistic(
             name="weight_norm",
@@ -485,8 +406,8 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             title="Histogram",
             unit="outputs",
             source="output",
-            finish=_histogram,
-            measure=OutputMeasure(binned, width=len(EDGES) + 1),
+            finish=functools.partial(_histogram, "histogram"),
+            measures=_histogram_measures("histogram", "output"),
             shown_as="histogram",
         ),
         Statistic(
@@ -502,7 +423,41 @@ STATISTICS: Mapping[str, Statistic] = _by_name(
             unit="share of outputs",
             source="output",
             finish=_near_zero,
-            measure=OutputMeasure(magnitude_bins, width=_MAGNITUDE_BINS),
+            measures={"near_zero": MAGNITUDE_BINS},
+        ),
+        Statistic(
+            name="gradient_histogram",
+            title="Gradient histogram",
+            unit="loss / parameter",
+            source="parameters",
+            finish=functools.partial(_histogram, "gradient_histogram"),
+            measures=_histogram_measures("gradient_histogram", "gradient"),
+            shown_as="histogram",
+        ),
+        Statistic(
+            name="weight_histogram",
+            title="Weight histogram",
+            unit="parameter",
+            source="parameters",
+            finish=functools.partial(_histogram, "weight_histogram"),
+            measures=_histogram_measures("weight_histogram", "weight"),
+            shown_as="histogram",
+        ),
+        Statistic(
+            name="parameter_gradient_norm",
+            title="Gradient norm of each parameter",
+            unit="loss / parameter",
+            source="parameters",
+            finish=functools.partial(_parameter_norm, "gradient"),
+            norms=("gradient",),
+        ),
+        Statistic(
+            name="parameter_norm",
+            title="Norm of each parameter",
+            unit="parameter",
+            source="parameters",
+            finish=functools.partial(_parameter_norm, "weight"),
+            norms=("weight",),
         ),
     ]
 )
@@ -527,10 +482,15 @@ def chosen_stats(stats: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chosen))
 
 
-def measures_of(stats: Iterable[str]) -> dict[str, OutputMeasure]:
-    """By statistic, what has to be measured on outputs for ``stats`` beside their moments."""
-    measures = {stat: STATISTICS[stat].measure for stat in stats}
-    return {stat: measure for stat, measure in measures.items() if measure is not None}
+def measures_of(stats: Iterable[str], of: Sequence[str] = ("output", "weight", "gradient")) -> dict[str, Measure]:
+    """By name, what has to be measured for ``stats`` beside moments and norms.
+
+    Args:
+        stats: names of statistics.
+        of: only what is measured of these.
+    """
+    measures = {name: measure for stat in stats for name, measure in STATISTICS[stat].measures.items()}
+    return {name: measure for name, measure in measures.items() if measure.of in of}
 
 
 def norm_kinds_of(stats: Iterable[str]) -> tuple[NormKind, ...]:

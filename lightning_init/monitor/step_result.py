@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.exchange import SecondPass, VectorLayout
+from lightning_init.monitor.measures import Array
 from lightning_init.monitor.moments import needs_device_sync
 from lightning_init.monitor.parameter_norms import ParameterNorms
 from lightning_init.monitor.statistics import (
     STATISTICS,
-    Array,
     GradientSums,
     LayerStats,
     OutputSums,
@@ -49,8 +49,9 @@ class StepResult:
                     sum=head[layout.gradient_sums],
                     squares=head[layout.gradient_squares],
                 ),
-                measured={**_measured(head, layout), **dict(zip(second.results, exchanged, strict=True))},
+                measured={**_measured(head, layout), **_exchanged(second, exchanged, len(layout.layers))},
                 norms=norms.read(head[layout.norms]),
+                parameter_norms=norms.read_parameters(head[layout.norms]),
             )
 
     def stats(self, chosen: Sequence[str], layers: Mapping[str, Layer]) -> LayerStats:
@@ -73,15 +74,15 @@ class StepResult:
                     continue
                 rows = finished.tolist() if isinstance(finished, np.ndarray) else finished
                 least, of_unit = 1 + statistic.least.startswith("two"), statistic.least.endswith("unit")
-                numbers = of_each_unit if of_unit else counts[statistic.source]
+                numbers = of_each_unit if of_unit else counts.get(statistic.source, [least] * len(rows))
                 fits = statistic.layers
                 found = {
                     name: row
                     for name, n, row in zip(self._layers, numbers, rows, strict=True)
-                    if n >= least and (fits is None or fits(layers[name]))
+                    if row is not None and n >= least and (fits is None or fits(layers[name]))
                 }
                 if statistic.shown_as == "histogram":
-                    result.histograms.update(found)
+                    result.histograms[stat] = found
                 else:
                     result.values[stat] = found
         return result
@@ -134,6 +135,14 @@ def _output_sums(head: Array, of_slots: Sequence[Array], layout: VectorLayout) -
     if len(layout.slots) > len(layout.layers):
         rows = np.array([np.bincount(layout.layer_of_slot, row, len(layout.layers)) for row in rows])
     return OutputSums(*rows)
+
+
+def _exchanged(second: SecondPass, exchanged: Sequence[Array], num_layers: int) -> dict[str, Array]:
+    """By name, what a second pass has exchanged: [layers] of powers, [layers, width] of maxima."""
+    return {
+        name: array if second.measures[name].adds_up == "central" else array.reshape(num_layers, -1)
+        for name, array in zip(second.results, exchanged, strict=True)
+    }
 
 
 def _measured(head: Array, layout: VectorLayout) -> dict[str, Array]:

@@ -9,7 +9,8 @@ from typing import Any
 from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_init.monitor.statistics import EDGES, STATISTICS, Histogram
+from lightning_init.monitor.histograms import EDGES, Histogram
+from lightning_init.monitor.statistics import STATISTICS
 from lightning_init.show.event_file import use_compiled_checksums
 
 
@@ -64,7 +65,9 @@ class StatisticsWriter:
         for writer in self.writers:
             writer.add_custom_scalars(layout)
 
-    def write(self, tags: Mapping[str, float], step: int, histograms: Mapping[str, Histogram] | None = None) -> None:
+    def write(
+        self, tags: Mapping[str, float], step: int, histograms: Mapping[str, Mapping[str, Histogram]] | None = None
+    ) -> None:
         """Write all statistics of a step.
 
         TensorBoard gets all of them in one event; an event for each would cost a hundred times as much.
@@ -72,20 +75,19 @@ class StatisticsWriter:
         Args:
             tags: numbers by name, ``statistic/layer``.
             step: number of the step.
-            histograms: by layer. They go to TensorBoard only.
+            histograms: by statistic and layer. They go to TensorBoard only.
         """
-        if not tags and not histograms:
-            return
-        if self.writers:
+        of_layers = [(f"{stat}/{name}", h) for stat, row in (histograms or {}).items() for name, h in row.items()]
+        if self.writers and (tags or of_layers):
             summary, only_histograms = self._scalars_of(tags), Summary()
-            if histograms:
-                values = [Summary.Value(tag=f"histogram/{name}", histo=_proto(h)) for name, h in histograms.items()]
+            if of_layers:
+                values = [Summary.Value(tag=tag, histo=_proto(histogram)) for tag, histogram in of_layers]
                 summary, only_histograms = Summary(value=[*summary.value, *values]), Summary(value=values)
             for writer in list(self.writers):
                 of_writer = only_histograms if id(writer) in self._without_scalars else summary
                 if of_writer.value:
                     self._attempt(writer, self.writers, partial(_add_summary, writer, of_writer, step))
-        for logger in list(self.others):
+        for logger in list(self.others) if tags else ():
             self._attempt(logger, self.others, partial(logger.log_metrics, dict(tags), step=step))
 
     def failures(self) -> dict[str, Exception]:
@@ -122,15 +124,15 @@ def _add_summary(writer: Any, summary: Summary, step: int) -> None:
 
 def _proto(histogram: Histogram) -> HistogramProto:
     """``histogram`` as a TensorBoard message: bins with their right edges, from the first to the last with elements."""
-    edges = (*EDGES, 2 * EDGES[-1])  # the last bin has no right edge, but TensorBoard expects one
+    edges = (*EDGES, max(histogram.most, 2 * EDGES[-1]))  # the last bin has no right edge, but TensorBoard expects one
     filled = [i for i, count in enumerate(histogram.counts) if count] or [0]
     first, last = filled[0], filled[-1] + 1
     return HistogramProto(
-        min=edges[first - 1] if first else 2 * edges[0],
-        max=edges[last - 1],
+        min=histogram.least if histogram.n else 0.0,
+        max=histogram.most if histogram.n else 0.0,
         num=histogram.n,
-        sum=histogram.n * histogram.mean,
-        sum_squares=histogram.n * histogram.rms**2,
+        sum=histogram.sum,
+        sum_squares=histogram.squares,
         bucket_limit=edges[first:last],
         bucket=histogram.counts[first:last],
     )

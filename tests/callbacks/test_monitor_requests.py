@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_init import ActivationVarianceMonitor
-from lightning_init.monitor.statistics import EDGES
+from lightning_init.monitor.histograms import EDGES
 from tests.support.faults import AFTER_STEP, broken
 from tests.support.models import DigitsMLP, digits, mlp
 from tests.support.oracle import BatchModule, MemoryLogger, cross_entropy, share_left_by_clipping
@@ -22,6 +22,7 @@ from tests.support.trainers import make_trainer
 
 PIXELS, CLASSES = (tensor[:64] for tensor in digits())
 STEP_STATS: Any = ["gradient_norm", "gradient_norm_clipped", "weight_norm", "update_ratio"]
+OF_PARAMETERS: Any = ["gradient_histogram", "weight_histogram", "parameter_gradient_norm", "parameter_norm"]
 
 
 def norm(tensors: list[Tensor]) -> float:
@@ -106,9 +107,7 @@ def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
     with torch.no_grad():
         values = {f"network.{i}": network[: i + 1](PIXELS).double() for i in range(len(network))}
     monitor = ActivationVarianceMonitor(1, stats=["histogram"])
-    make_trainer(max_epochs=1, logger=[logger, MemoryLogger()], callbacks=[monitor]).fit(
-        BatchModule(network, [(PIXELS, CLASSES)])
-    )
+    make_trainer(max_epochs=1, logger=logger, callbacks=[monitor]).fit(BatchModule(network, [(PIXELS, CLASSES)]))
     assert monitor.latest == {}
     accumulator = EventAccumulator(logger.log_dir).Reload()
     for layer, output in values.items():
@@ -117,16 +116,75 @@ def test_histograms_reach_tensorboard(tmp_path: Path) -> None:
         assert histogram.num == sum(histogram.bucket) == output.numel()
         assert histogram.sum == pytest.approx(output.sum().item(), rel=1e-5, abs=1e-5)
         assert histogram.sum_squares == pytest.approx(output.square().sum().item(), rel=1e-5)
-        assert histogram.min < output.min() <= output.max() <= histogram.max
+        assert (histogram.min, histogram.max) == pytest.approx((float(output.min()), float(output.max())), rel=1e-6)
         for limit, count in zip(histogram.bucket_limit, histogram.bucket, strict=True):
             assert limit in EDGES
             below = max((edge for edge in EDGES if edge < limit), default=-torch.inf)
             assert count == pytest.approx(int(((output > below) & (output <= limit)).sum()), abs=1)
 
 
+@pytest.mark.filterwarnings("ignore:ActivationVarianceMonitor writes histogram to TensorBoard only")
+def test_histogram_of_what_is_not_finite_counts_it_apart(tmp_path: Path) -> None:
+    class Holds(BatchModule):
+        def training_step(self, batch: Any, batch_index: int) -> Tensor:
+            self.scale(torch.tensor([[0.1, torch.nan, 5000.0, torch.inf]]))
+            return super().training_step(batch, batch_index)
+
+    logger, memory = TensorBoardLogger(tmp_path), MemoryLogger()
+    module = Holds(mlp(), [(PIXELS, CLASSES)])
+    module.scale = nn.RMSNorm(4)
+    module.scale.forward = lambda x: x * module.scale.weight
+    monitor = ActivationVarianceMonitor(1, layers=["scale"], stats=["histogram"])
+    make_trainer(max_epochs=1, logger=[logger, memory], callbacks=[monitor]).fit(module)
+    histogram = EventAccumulator(logger.log_dir).Reload().Histograms("histogram/scale")[0].histogram_value
+    assert (histogram.min, histogram.max, histogram.num) == pytest.approx((0.1, 5000.0, 2))
+    assert memory.steps == {0: {"histogram_nan/scale": 1.0, "histogram_infinite/scale": 1.0}}
+
+
+def test_loggers_without_histograms_are_told_so_once() -> None:
+    memory = MemoryLogger()
+    callbacks = [ActivationVarianceMonitor(1, stats=["histogram"])]
+    with pytest.warns(UserWarning, match="writes histogram to TensorBoard only") as caught:
+        make_trainer(max_epochs=1, logger=memory, callbacks=callbacks).fit(BatchModule(mlp(), [(PIXELS, CLASSES)] * 3))
+    assert sum("TensorBoard only" in str(w.message) for w in caught) == 1
+    assert memory.steps == {}
+
+
+def test_histograms_and_norms_of_parameters_are_those_of_the_step(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, logger = mlp(), TensorBoardLogger(tmp_path)
+    slow = copy.deepcopy(network)
+    cross_entropy(slow, (PIXELS, CLASSES)).backward()
+    monitor = ActivationVarianceMonitor(1, stats=OF_PARAMETERS)
+    trainer = make_trainer(max_epochs=1, logger=logger, callbacks=[monitor], gradient_clip_val=1e-3)
+    trainer.fit(BatchModule(network, [(PIXELS, CLASSES)]))
+    accumulator = EventAccumulator(logger.log_dir).Reload()
+    for name, layer in slow.named_children():
+        if own := list(layer.parameters()):
+            for stat, tensors in (("weight", own), ("gradient", [p.grad for p in own])):
+                values = torch.cat([tensor.detach().double().flatten() for tensor in tensors if tensor is not None])
+                (event,) = accumulator.Histograms(f"{stat}_histogram/network.{name}")
+                histogram = event.histogram_value
+                assert histogram.num == len(values)
+                assert (histogram.min, histogram.max) == pytest.approx(
+                    (float(values.min()), float(values.max())), rel=1e-4
+                )
+                assert histogram.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-5)
+    for name, parameter in slow.named_parameters():
+        assert parameter.grad is not None
+        assert monitor.latest[f"parameter_norm/network.{name}"] == pytest.approx(norm([parameter]), rel=1e-5)
+        assert monitor.latest[f"parameter_gradient_norm/network.{name}"] == pytest.approx(
+            norm([parameter.grad]), rel=1e-5
+        )
+
+
+@pytest.mark.filterwarnings("ignore:ActivationVarianceMonitor writes .* to TensorBoard only")
 def test_training_with_every_statistic_is_bit_identical() -> None:
     weights = []
-    for stats in (None, ["default", *STEP_STATS, "histogram", "kurtosis", "activation_max", "saturation"]):
+    for stats in (
+        None,
+        ["default", *STEP_STATS, *OF_PARAMETERS, "histogram", "kurtosis", "activation_max", "saturation"],
+    ):
         torch.manual_seed(0)
         module = DigitsMLP(activation=nn.Tanh)
         callbacks: Any = [ActivationVarianceMonitor(1, stats=stats)] if stats else []

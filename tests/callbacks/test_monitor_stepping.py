@@ -38,7 +38,7 @@ class Manual(BatchModule):
         self.step = step
         self.true: dict[int, float] = {}
 
-    def training_step(self, batch: Any, batch_index: int) -> None:  # type: ignore[override]
+    def training_step(self, batch: Any, batch_index: int) -> None:
         self.step(self, (self.network(batch[0]) - batch[1]).square().mean(), batch_index)
 
 
