@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init import gain_of, plan
-from lightning_init.introspect.activations import activation_of
+from lightning_init.introspect.activations import traits_of
 from lightning_init.introspect.layers import find_layers
 from lightning_init.sandbox import is_elementwise, sandbox
 
@@ -57,7 +57,7 @@ def call_copy(module: Nosy, zeros: bool = False) -> Tensor:
 
 
 ASK: dict[str, tuple[Callable[[], Nosy], Callable[[Nosy], object]]] = {
-    "activation_of": (Nosy, activation_of),
+    "traits_of": (Nosy, traits_of),
     "find_layers": (Nosy, lambda module: find_layers(nn.Sequential(module))),
     "gain_of": (Nosy, gain_of),
     "gain_of with a weight": (lambda: Nosy(True), gain_of),

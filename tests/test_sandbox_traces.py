@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init import gain_of
-from lightning_init.introspect.activations import activation_of
+from lightning_init.introspect.activations import traits_of
 from lightning_init.introspect.normalization import norm_role
 from lightning_init.sandbox import is_elementwise, random_states_kept, sandbox
 
@@ -135,7 +135,7 @@ def random_states() -> tuple[object, ...]:
 
 
 QUESTIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] = {
-    "activation": (Busy, activation_of),
+    "activation": (Busy, traits_of),
     "norm": (BusyNorm, lambda module: norm_role(module, "weight")),
     "gain": (Busy, gain_of),
     "gain of several": (lambda: nn.Sequential(Busy(), nn.PReLU()), gain_of),
@@ -208,7 +208,7 @@ def test_sandbox_of_what_cannot_be_copied_raises() -> None:
     module.computed = torch.ones(1, requires_grad=True) * 2  # deepcopy refuses: it is part of a graph
     with pytest.raises(RuntimeError, match="deepcopy"), sandbox(module):
         pass
-    assert activation_of(module) is None
+    assert traits_of(module) is None
 
 
 def test_random_states_kept_after_an_error() -> None:
@@ -277,6 +277,6 @@ def test_gain_of_a_function_that_drops_dimensions_of_size_one() -> None:
 
 
 def test_answers_in_the_sandbox_are_those_of_the_module() -> None:
-    assert activation_of(Busy()) == activation_of(nn.Tanh())
+    assert traits_of(Busy()) == traits_of(nn.Tanh())
     assert math.isclose(gain_of(Busy()), gain_of("tanh"), rel_tol=1e-12)
     assert norm_role(BusyNorm(), "weight").default.value == 0.0

@@ -254,6 +254,11 @@ def in_training_step(module: LightningModule) -> bool:
     return module._current_fx_name == "training_step"
 
 
+def in_validation_step(module: LightningModule) -> bool:
+    """Whether ``validation_step`` is running."""
+    return module._current_fx_name == "validation_step"
+
+
 # --- What a gradient is scaled by
 
 

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -19,7 +19,7 @@ from lightning_init.callbacks.session import FitSession
 from lightning_init.callbacks.stepping import LoggedSteps
 from lightning_init.checks import check_list
 from lightning_init.introspect.layers import Parts, find_layers, select_layers
-from lightning_init.monitor.eager import restore_stance
+from lightning_init.monitor.coverage import Coverage, shortened
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, chosen_stats
@@ -98,15 +98,18 @@ class ActivationVarianceMonitor(Callback):
                                smaller of 1, 1.25, 1.5 and 1.75 times a power of two)
     ========================== ================================================================================
 
-    Training is bit-identical with and without it; under ``torch.compile`` logged steps run eagerly and may differ
-    by rounding. If the monitor itself fails, it says so once and switches off on all ranks. Aggregates such as
-    ``gradient_norm/total`` are in ``trainer.callback_metrics``, for ``EarlyStopping`` and ``ModelCheckpoint``.
+    Training is bit-identical with and without it; under ``torch.compile``, modules with monitored layers run eagerly in
+    logged steps, which takes their eager memory and may differ by rounding. If the monitor itself fails, it says so
+    once and switches off on all ranks. Aggregates such as ``gradient_norm/total`` are in ``trainer.callback_metrics``,
+    for ``EarlyStopping`` and ``ModelCheckpoint``.
 
     Args:
         every_n_steps: steps from one logged step to the next, counting from step 0; None: the Trainer's
             ``log_every_n_steps``.
         layers: globs on layer names; None: every layer. A layer is a module that owns parameters or an activation.
         stats: the statistics; None: the first table. "default" may be a member, so that others can be added.
+        validation: also log, at the end of each validation, those statistics that are of outputs, over all of its
+            batches: as ``validation/activation_variance/<layer>`` and so on.
 
     Raises:
         ValueError: ``every_n_steps`` is not a whole number above 0, a statistic does not exist; at the start of
@@ -118,6 +121,7 @@ class ActivationVarianceMonitor(Callback):
         every_n_steps: int | None = None,
         layers: list[str] | None = None,
         stats: list[StatName] | None = None,
+        validation: bool = False,
     ) -> None:
         if every_n_steps is not None and (
             not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool) or every_n_steps < 1
@@ -130,13 +134,20 @@ class ActivationVarianceMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.layers = layers
         self.stats = chosen_stats(stats)
+        self.validation = validation
         self._latest: dict[str, float] = {}
+        self._coverage: Coverage | None = None
         self._session: FitSession | None = None
 
     @property
     def latest(self) -> dict[str, float]:
         """The last logged step's numbers by tag, the same on every rank."""
         return dict(self._latest)
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What has been seen of the model's layers in the present or the last fit; None before the first."""
+        return self._session.recorder.coverage if self._session is not None else self._coverage
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,8 +169,12 @@ class ActivationVarianceMonitor(Callback):
             self._session = FitSession(Recorder([], self.stats, device), LoggedSteps(interval), Parts(pl_module))
             self._session.recorder.fail("finding the layers", error)
         else:
-            recorder = Recorder(select_layers(layers, self.layers), self.stats, device, layers)
+            chosen = select_layers(layers, self.layers)
+            recorder = Recorder(chosen, self.stats, device, layers)
             self._session = FitSession(recorder, LoggedSteps(interval), Parts(pl_module))
+            of_outputs = [stat for stat in self.stats if STATISTICS[stat].source == "output"]
+            if self.validation and of_outputs:
+                self._session.validation = Recorder(chosen, of_outputs, device, layers)
 
     @override
     @_guarded
@@ -188,6 +203,7 @@ class ActivationVarianceMonitor(Callback):
             session.recorder.start_step()
         if session.recorder.local_error is None:
             session.start_recording(pl_module)
+            _tell_of_eager_modules(session, pl_module)
 
     @override
     @_guarded
@@ -274,6 +290,34 @@ class ActivationVarianceMonitor(Callback):
 
     @override
     @_guarded
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called before a validation within training: starts recording, if that was asked for."""
+        session = self._session
+        assert session is not None
+        if session.validation is not None and not trainer.sanity_checking and not session.validation.disabled_reason:
+            session.start_validation(pl_module)
+
+    @override
+    @_guarded
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after a validation within training: exchanges and writes what was recorded."""
+        session = self._session
+        assert session is not None
+        recorder = session.validation
+        if recorder is None or trainer.sanity_checking or recorder.disabled_reason:
+            return
+        recorder.detach()
+        stats = recorder.exchange()
+        session.warn_of_fault(recorder.disabled_reason or recorder.local_error)
+        if stats is not None and trainer.is_global_zero:
+            if session.writer is None:
+                session.writer = self._new_writer(session, trainer)
+            tags = {f"validation/{tag}": value for tag, value in stats.tags.items()}
+            histograms = {f"validation/{stat}": row for stat, row in stats.histograms.items()}
+            session.writer.write(tags, _lightning.step_number(trainer), histograms)
+
+    @override
+    @_guarded
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called at the end of an epoch, also of one that was left in the middle of a batch: stops recording."""
         session = self._session
@@ -291,7 +335,7 @@ class ActivationVarianceMonitor(Callback):
         if (lost := session.recorder.lost_gradients) and session.steps_with_lost_gradients >= _PATIENCE:
             session.warn_once(
                 "backward",
-                f"has seen no gradient of {_listed(lost)}: where one is computed by loss.backward() instead of "
+                f"has seen no gradient of {shortened(lost)}: where one is computed by loss.backward() instead of "
                 "self.manual_backward(loss), or by torch.autograd.grad, no hook tells that it is the loss's.",
             )
 
@@ -312,7 +356,7 @@ class ActivationVarianceMonitor(Callback):
     def _end_session(self) -> None:
         if self._session is not None:
             self._session.stop_recording()
-            restore_stance()
+            self._coverage = self._session.recorder.coverage
         self._session = None
 
     def _keep_up_with(self, session: FitSession, model: LightningModule) -> None:
@@ -393,13 +437,14 @@ class ActivationVarianceMonitor(Callback):
         if silent := session.recorder.silent_layers:
             session.warn_once(
                 "silent",
-                "saw no output of these layers in the first logged step (not called, or sparse, nested, complex, or "
-                f"under torch.func): {_listed(silent)}.",
+                "saw no output of these layers in the first logged step (not called, called by a function under "
+                f"torch.compile or torch.func, or sparse, nested or complex): {shortened(silent)}.",
             )
         if partial_layers := session.recorder.partial_layers:
             session.warn_once(
-                "partial", f"leaves out partial sums, which no rank holds whole: {_listed(partial_layers)}."
+                "partial", f"leaves out partial sums, which no rank holds whole: {shortened(partial_layers)}."
             )
+        rank_zero_info(f"ActivationVarianceMonitor: {session.recorder.coverage}.")
         writer = StatisticsWriter(trainer.loggers)
         histograms = [stat for stat in self.stats if STATISTICS[stat].shown_as == "histogram"]
         if histograms and writer.others:
@@ -410,6 +455,18 @@ class ActivationVarianceMonitor(Callback):
             )
         writer.write_layout(self.stats)
         return writer
+
+
+def _tell_of_eager_modules(session: FitSession, module: LightningModule) -> None:
+    """Say once which compiled modules run eagerly in logged steps, and how they would not."""
+    eager = set(session.recorder.eager_modules)
+    if eager and "eager" not in session.warned:
+        session.warned.add("eager")
+        names = [name or "the whole model" for name, inner in module.named_modules() if inner in eager]
+        rank_zero_info(
+            f"ActivationVarianceMonitor runs these compiled modules eagerly in logged steps, which takes their eager "
+            f"memory and time: {shortened(names)}. One of whose layers none is chosen by `layers` stays compiled."
+        )
 
 
 def _may_change_gradients(module: LightningModule) -> bool:
@@ -450,9 +507,3 @@ def _aggregates(tags: dict[str, float], stats: LayerStats) -> dict[str, float]:
 
 def _gradients_are_finite(tags: dict[str, float]) -> bool:
     return all(math.isfinite(value) for tag, value in tags.items() if tag.startswith("gradient_"))
-
-
-def _listed(names: list[str], limit: int = 20) -> str:
-    """The first ``limit`` names, and how many there are beyond."""
-    rest = len(names) - limit
-    return ", ".join(map(repr, names[:limit])) + (f" and {rest} more" if rest > 0 else "")

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_init.callbacks._lightning import in_training_step
+from lightning_init.callbacks._lightning import in_training_step, in_validation_step
 from lightning_init.callbacks.stepping import LoggedSteps
 from lightning_init.introspect.layers import Parts
 from lightning_init.monitor.recorder import Recorder
@@ -26,6 +26,7 @@ class FitSession:
         recorder: records and exchanges the statistics.
         logged_steps: which steps are logged.
         parts: what the model consisted of when its layers were found.
+        validation: records and exchanges the statistics of validations; None if they were not asked for.
         writer: writes to the Trainer's loggers; made when there is something to write.
         step: the logged step whose micro-batches are being recorded; None between logged steps.
         gradients_taken: whether this step's parameter gradients have been recorded for the last time.
@@ -43,6 +44,7 @@ class FitSession:
     recorder: Recorder
     logged_steps: LoggedSteps
     parts: Parts
+    validation: Recorder | None = None
     writer: StatisticsWriter | None = None
     step: int | None = None
     gradients_taken: bool = False
@@ -60,6 +62,12 @@ class FitSession:
         """Record what ``module`` computes in its training step, until ``stop_recording``."""
         self.recording = self.forward_open = True
         self.recorder.attach(lambda: self.forward_open and in_training_step(module))
+
+    def start_validation(self, module: LightningModule) -> None:
+        """Record what ``module`` computes in its validation steps, until ``stop_recording``."""
+        assert self.validation is not None
+        self.validation.start_step()
+        self.validation.attach(lambda: in_validation_step(module))
 
     def call_after_step(self, optimizer: Optimizer, action: Callable[[], None]) -> None:
         """Call ``action`` once, when ``optimizer`` has stepped; by then, gradients are clipped."""
@@ -86,6 +94,8 @@ class FitSession:
         while self.step_handles:
             self.step_handles.popitem()[1].remove()  # the optimizer did not step: the loss scale overflowed
         self.recorder.detach()
+        if self.validation is not None:
+            self.validation.detach()
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn on rank zero, unless there was a warning about ``topic`` before."""

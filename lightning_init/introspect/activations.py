@@ -59,9 +59,9 @@ def activation_of(module: nn.Module) -> ActivationTraits | None:
         return None
     key = _what_it_depends_on(module)
     if key is None:
-        return _ask(module) if is_quiet(module) else None
+        return traits_of(module) if is_quiet(module) else None
     if key not in _found:
-        _found[key] = _ask(module)
+        _found[key] = traits_of(module)
     return _found[key]
 
 
@@ -73,7 +73,8 @@ def _what_it_depends_on(module: nn.Module) -> Any:
     return (type(module), *own.items()) if all(map(is_simple, own.values())) else None
 
 
-def _ask(module: nn.Module) -> ActivationTraits | None:
+def traits_of(module: nn.Module) -> ActivationTraits | None:
+    """What a copy of ``module`` says when it is called; None if it is no activation."""
     probe, far = (torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (_PROBE, _FAR))
     try:
         with sandbox(module) as copied, torch.no_grad():

@@ -27,6 +27,7 @@ class Layer:
         module: the module itself.
         activation: what it does to numbers; None for a module with parameters.
         parameters: its own, and those of inner modules that are no layers themselves (``out_proj``, parametrizations).
+        within: the modules around it, wrappers among them, from the model on.
         is_compiled: some part of the model is under ``torch.compile``.
     """
 
@@ -34,6 +35,7 @@ class Layer:
     module: nn.Module
     activation: ActivationTraits | None
     parameters: tuple[nn.Parameter, ...]
+    within: tuple[nn.Module, ...] = ()
     is_compiled: bool = False
 
 
@@ -46,23 +48,26 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """
     layers: list[Layer] = []
     compiled = _is_compiled(model)
+    by_path: dict[str, tuple[nn.Module, ...]] = {}
     inside: set[nn.Module] = set()  # these belong to a layer and are none themselves
-    root: nn.Module = model
+    root, above_root = model, ()  # type: tuple[nn.Module, tuple[nn.Module, ...]]
     of_root: tuple[nn.Parameter, ...] = ()
-    for name, module in clean_modules(model):
+    for path, module in model.named_modules():
+        name, above = clean_name(model, path) if path else "", by_path.get(path.rpartition(".")[0], ())
+        by_path[path] = (*above, module)
         if module in inside:
             continue
         belonging = _modules_belonging_to(module)
         inside.update(belonging)
         own = tuple(dict.fromkeys(p for owner in (module, *belonging) for p in owner.parameters(recurse=False)))
         if not name:
-            root, of_root = module, own  # the last of them is what all wrappers wrap
+            root, of_root, above_root = module, own, above  # the last of them is what all wrappers wrap
         elif own:
-            layers.append(Layer(name, module, None, own, compiled))
+            layers.append(Layer(name, module, None, own, above, compiled))
         elif activation := activation_of(module):
-            layers.append(Layer(name, module, activation, (), compiled))
+            layers.append(Layer(name, module, activation, (), above, compiled))
     if of_root and not any(layer.parameters for layer in layers):
-        layers.insert(0, Layer(type(root).__name__, root, None, of_root, compiled))
+        layers.insert(0, Layer(type(root).__name__, root, None, of_root, above_root, compiled))
     return layers
 
 

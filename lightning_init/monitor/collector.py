@@ -58,6 +58,7 @@ class ActivationCollector:
         parameters: if given, gives the model's parameters, and only backward passes that reach one of them count.
         unannounced: names of layers whose gradients came while ``gradient_factor`` was None.
         with_gradient: names of layers whose gradients were recorded.
+        eager_modules: compiled modules that ran eagerly since hooks were attached last.
         partial_layers: names of layers whose outputs or gradients were sums that ranks had not made yet.
         returned_child_output: names of layers that returned a tensor of a layer inside them, which has recorded it.
     """
@@ -76,6 +77,7 @@ class ActivationCollector:
         self.parameters: Callable[[], Iterable[nn.Parameter]] | None = None
         self.unannounced: dict[str, None] = {}
         self.with_gradient: set[str] = set()
+        self.eager_modules: list[nn.Module] = []
         self.partial_layers: dict[str, None] = {}
         self.returned_child_output: dict[str, None] = {}
         self.with_gradients = any(STATISTICS[stat].source == "gradient" for stat in stats)
@@ -97,10 +99,11 @@ class ActivationCollector:
         self._kept_gradients: dict[tuple[Place, int], Tensor] = {}
         self._counted_pass: tuple[int, bool] = (-1, True)
         self._reusable_sums: dict[Place, Number] = {}
+        self._around_layers = list(dict.fromkeys(m for layer in self.layers for m in (*layer.within, layer.module)))
         self._hook_of = {id(hook.layer.module): hook for hook in self._output_hooks}
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
-        """Have every layer's outputs recorded, until ``detach``; until then, compiled code runs eagerly.
+        """Have every layer's outputs recorded, until ``detach``; until then, what is compiled around it runs eagerly.
 
         One hook for all modules of the process, so that the model itself has none: a copy, a scripted or a saved one
         is as it would be without, and code that asks whether a module has hooks gets the answer that it would get.
@@ -113,7 +116,7 @@ class ActivationCollector:
         self.detach()
         self._should_record = should_record
         try:
-            hold_eager(self)
+            self.eager_modules = hold_eager(self, self._around_layers)
             apart = [hook for hook in self._output_hooks if hook.layer.is_compiled or has_hooks(hook.layer.module)]
             self._has_own_hook = {id(hook.layer.module) for hook in apart}
             for hook in apart:
@@ -127,7 +130,7 @@ class ActivationCollector:
             raise
 
     def detach(self) -> None:
-        """Take every hook off, and let compiled code run compiled again. What was recorded stays."""
+        """Take every hook off, and let compiled modules run compiled again. What was recorded stays."""
         release_eager(self)
         for handle in self._handles:
             handle.remove()
@@ -139,6 +142,8 @@ class ActivationCollector:
 
     def _after_any_module(self, module: nn.Module, args: Any, output: Any) -> None:
         """Called when any module of the process has returned ``output``."""
+        if torch.compiler.is_compiling():
+            return
         hook = self._hook_of.get(id(module))
         if hook is not None and id(module) not in self._has_own_hook:
             hook(module, args, output)
@@ -345,7 +350,12 @@ class _Hook:
         self.layer, self.record, self.on_fault = layer, record, on_fault
 
     def __call__(self, *hook_args: Any) -> None:
-        """Called by PyTorch: before or after a module's forward, or with a tensor's gradient."""
+        """Called by PyTorch: before or after a module's forward, or with a tensor's gradient.
+
+        The compiler, which follows it where a compiled function calls a layer, makes nothing of it.
+        """
+        if torch.compiler.is_compiling():
+            return
         try:
             self.record(self.layer, *hook_args)
         except Exception as error:

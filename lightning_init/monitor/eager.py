@@ -1,57 +1,91 @@
-"""Compiled code runs eagerly for as long as somebody records; afterwards it runs as before, whoever stops first.
+"""Compiled modules run eagerly while somebody records layers inside of them; all other compiled code stays compiled.
 
-PyTorch has one stance for the whole process, and each change of it remembers what was before. Changes that end in
-another order than they began would bring old ones back, so those who record are counted, and the first and the last
-change the stance.
+Code under ``torch.compile`` does not call hooks that it was not compiled with. So what is compiled around a recorded
+layer, a whole module or one of its methods, is exchanged for what it was compiled from, and put back afterwards: the
+same graphs run again, without graph breaks, new guards or recompilation. A compiled function that no module has as its
+own stays as it is, and so does a module none of whose layers is recorded: some code is feasible only when compiled.
 """
 
 from __future__ import annotations
 
 import sys
-import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
 from typing import Any
 
-import torch
+from torch import nn
 
-_holders: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Those who record now."""
-
-_ours: Any = None
-"""The change that was made for them."""
+_COMPILED_FROM = "_torchdynamo_orig_callable"
+"""Where ``torch.compile`` keeps what a function was compiled from."""
 
 
-def hold_eager(holder: object) -> None:
-    """Have compiled code run eagerly until :func:`release_eager`.
+@dataclass(eq=False)
+class _Exchanged:
+    """An attribute of a module that was compiled, and is not for as long as anybody holds it."""
 
-    Code under ``torch.compile`` would not call hooks that it was not compiled with. What was compiled stays compiled:
-    afterwards the same graphs run again, without graph breaks, new guards or recompilation.
+    module: nn.Module
+    name: str
+    compiled: Any
+    eager: Any
+    is_own: bool
+    holders: set[int] = field(default_factory=set)
+
+    def put_back(self) -> None:
+        """Give the module what it had, unless somebody has given it something else since."""
+        if vars(self.module).get(self.name) is not self.eager:
+            return
+        if self.is_own:
+            vars(self.module)[self.name] = self.compiled
+        else:
+            del vars(self.module)[self.name]
+
+
+_exchanged: dict[tuple[int, str], _Exchanged] = {}
+
+
+def hold_eager(holder: object, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Have the compiled ones of ``modules`` run eagerly until :func:`release_eager`, and return them.
+
+    Args:
+        holder: on whose account; several may hold the same module, and release it in any order.
+        modules: those that have recorded layers inside.
     """
-    global _ours
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled, and the compiler is slow to import
-        return
-    if not _holders:
-        restore_stance()
-        _ours = torch.compiler.set_stance("force_eager")
-    _holders.add(holder)
+        return []
+    held = []
+    for module in modules:
+        for name, compiled, eager, is_own in _compiled_attributes(module):
+            _exchanged[id(module), name] = _Exchanged(module, name, compiled, eager, is_own)
+            vars(module)[name] = eager
+        of_module = [one for one in _exchanged.values() if one.module is module] if _exchanged else []
+        for one in of_module:
+            one.holders.add(id(holder))
+        held += [module] if of_module else []
+    return held
 
 
 def release_eager(holder: object) -> None:
-    """Have compiled code run as before, if nobody else records."""
-    if holder in _holders:
-        _holders.discard(holder)
-        if not _holders:
-            restore_stance()
+    """Have what ``holder`` held run compiled again, if nobody else holds it."""
+    for key, one in list(_exchanged.items()):
+        if id(holder) in one.holders:
+            one.holders.discard(id(holder))
+            if not one.holders:
+                del _exchanged[key]
+                one.put_back()
 
 
-def restore_stance() -> None:
-    """Take back the change that was made, unless somebody else has changed the stance since and still does.
-
-    A stance that a user took while it was made and gave up later brings it back: so this is asked again at the end.
-    """
-    if _ours is None or _holders:
-        return
-    asked = torch.compiler.set_stance("force_eager")
-    now = asked.prev
-    asked.__exit__(None, None, None)
-    if now is _ours.stance:
-        _ours.__exit__(None, None, None)
+def _compiled_attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Name, compiled value and what it was compiled from, and whether it is the module's own or its class's."""
+    found = [
+        (name, value, getattr(value, _COMPILED_FROM), True)
+        for name, value in vars(module).items()
+        if isinstance(value, (FunctionType, MethodType)) and hasattr(value, _COMPILED_FROM)
+    ]
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("torch."):
+            break
+        for name, value in vars(kind).items():
+            if isinstance(value, FunctionType) and hasattr(value, _COMPILED_FROM) and name not in vars(module):
+                found.append((name, value, MethodType(getattr(value, _COMPILED_FROM), module), False))
+    yield from found

@@ -55,7 +55,9 @@ def origin_of(node: Any, known_at: Callable[[int, Sequence[int]], tuple[T, int] 
         known_at: called with a node's sequence number and the shape of its result: a layer's output with the dimension
             of its units, or None.
 
-    >>> origin_of((torch.nn.Conv2d(3, 4, 1)(torch.ones(2, 3, 5, 5)) * 2).permute(0, 2, 3, 1).grad_fn, lambda *_: None)
+    >>> import torch
+    >>> conv = torch.nn.Conv2d(3, 4, 1)
+    >>> origin_of((conv(torch.ones(2, 3, 5, 5)) * 2).permute(0, 2, 3, 1).grad_fn, lambda *_: None)
     Origin(known=None, dim=3)
     """
     return _Search(known_at).of(node)

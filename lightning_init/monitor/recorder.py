@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_init.distributed.ranks import all_gather_object, world_size
 from lightning_init.introspect.layers import Layer
 from lightning_init.monitor.collector import ActivationCollector, always
+from lightning_init.monitor.coverage import Coverage
 from lightning_init.monitor.exchange import (
     FAULT,
     NUM_FLAGS,
@@ -95,6 +96,7 @@ class Recorder:
         self._state: PackedState | None = None
         self._names: dict[Place, str] = {}
         self._layer_of: dict[str, str] = {}
+        self._missing_on: dict[int, tuple[str, ...]] = {}
         self._has_new_layers = False
         self.watch(layers, model_layers)
 
@@ -109,6 +111,22 @@ class Recorder:
         self._has_new_layers = self._layout is not None
 
     @property
+    def coverage(self) -> Coverage:
+        """What has been seen of the layers so far."""
+        collector = self._collector
+        seen = {self._layer_of[name] for name in (self._layout.layers if self._layout else ())}
+        return Coverage(
+            expected=tuple(layer.name for layer in self.layers),
+            seen=tuple(layer.name for layer in self.layers if layer.name in seen),
+            not_called=tuple(self.silent_layers),
+            left_out=dict(self.left_out),
+            returned_by_child=tuple(name for name in collector.returned_child_output if name not in seen),
+            partial=tuple(name for name in collector.partial_layers if name not in seen),
+            missing_on=dict(self._missing_on),
+            disabled_reason=self.disabled_reason,
+        )
+
+    @property
     def silent_layers(self) -> list[str]:
         """Layers of which no rank has recorded an output so far."""
         known = {
@@ -118,6 +136,11 @@ class Recorder:
             *self._collector.returned_child_output,
         }
         return [layer.name for layer in self.layers if layer.name not in known]
+
+    @property
+    def eager_modules(self) -> list[nn.Module]:
+        """Compiled modules that ran eagerly when hooks were attached last, because of the layers inside of them."""
+        return self._collector.eager_modules
 
     @property
     def partial_layers(self) -> list[str]:
@@ -136,7 +159,7 @@ class Recorder:
         self._parameter_measures.clear()
 
     def attach(self, should_record: Callable[[], bool] = always) -> None:
-        """Put hooks on the layers; until ``detach``, compiled code runs eagerly.
+        """Put hooks on the layers; until ``detach``, what is compiled around them runs eagerly.
 
         Args:
             should_record: asked at each call of a layer whether its output is recorded.
@@ -248,6 +271,9 @@ class Recorder:
         if errors:
             self.disabled_reason = "; ".join(errors)
             return
+        by_rank = [{place.layer for place, _ in state.outputs} for state in ranks]
+        missing = {rank: tuple(sorted(set().union(*by_rank) - seen)) for rank, seen in enumerate(by_rank)}
+        self._missing_on = {rank: names for rank, names in missing.items() if names}
         self._collector.leave_out(self.left_out)
         for place in [place for place in records if place.layer in self.left_out]:
             del records[place]

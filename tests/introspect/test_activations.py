@@ -286,5 +286,5 @@ def test_activation_of_reads_other_peoples_code(module: nn.Module) -> None:
 
 def test_activation_of_is_asked_once_for_modules_that_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     activation_of(nn.LeakyReLU(0.3))
-    monkeypatch.setattr(activations, "_ask", lambda module: pytest.fail("asked again"))
+    monkeypatch.setattr(activations, "traits_of", lambda module: pytest.fail("asked again"))
     assert activation_of(nn.LeakyReLU(0.3)) == ActivationTraits(rectifies=False)

@@ -199,7 +199,10 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_compiled_call_impl": "what tells a module that was compiled in place",
         "torch._dynamo": "only in sys.modules: home of OptimizedModule",
     },
-    "monitor/eager.py": {"torch._dynamo": "only in sys.modules: whether anything can have been compiled"},
+    "monitor/eager.py": {
+        "torch._dynamo": "only in sys.modules: whether anything can have been compiled",
+        "_torchdynamo_orig_callable": "what a function was compiled from",
+    },
     "monitor/units.py": {
         "_version": "tells whether a tensor was changed in place since",
         "_input_metadata": "how many dimensions an operation's result has",
