@@ -9,26 +9,23 @@ from typing import Any, Concatenate, ParamSpec
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_init.callbacks import _lightning
+from lightning_init.callbacks import _lightning, notices
 from lightning_init.callbacks.session import FitSession
 from lightning_init.callbacks.stepping import LoggedSteps
 from lightning_init.checks import check_list
 from lightning_init.introspect.layers import Parts, find_layers, select_layers
-from lightning_init.monitor.coverage import Coverage, shortened
+from lightning_init.monitor.coverage import Coverage
 from lightning_init.monitor.moments import Number
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.monitor.statistics import STATISTICS, LayerStats, StatName, chosen_stats
 from lightning_init.show.loggers import StatisticsWriter
 
 P = ParamSpec("P")
-
-_PATIENCE = 3
-"""Logged steps in which something stays empty before it is said."""
 
 _LONGEST_ACCUMULATION = 128
 """Batches within which nobody can be sure that no optimizer steps: gradients may be accumulated by hand."""
@@ -181,7 +178,7 @@ class ActivationVarianceMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when the data are known: says what callbacks that watch the numbers will not see."""
         assert self._session is not None
-        self._warn_of_watchers(trainer, self._session.logged_steps.interval)
+        notices.warn_of_watchers(trainer, self.stats, self._session.logged_steps.interval)
 
     @override
     @_guarded
@@ -203,7 +200,7 @@ class ActivationVarianceMonitor(Callback):
             session.recorder.start_step()
         if session.recorder.local_error is None:
             session.start_recording(pl_module)
-            _tell_of_eager_modules(session, pl_module)
+            notices.tell_of_eager_modules(session, pl_module)
 
     @override
     @_guarded
@@ -266,12 +263,7 @@ class ActivationVarianceMonitor(Callback):
         if step != session.step or not _lightning.step_ends_with_this_batch(trainer):
             return
         session.step = None
-        session.steps_with_lost_gradients += bool(session.recorder.lost_gradients)
-        if session.recorder.lost_gradients and not session.backward_announced:
-            session.warn_once(
-                "backward",
-                "sees no gradients, because loss.backward() is called directly: call self.manual_backward(loss).",
-            )
+        notices.count_lost_gradients(session)
         try:
             if (stats := session.recorder.exchange()) is not None:
                 self._publish(session, trainer, stats, step)
@@ -280,11 +272,7 @@ class ActivationVarianceMonitor(Callback):
             raise
         except Exception as error:
             session.recorder.fail("writing", error)
-        left_out = {} if session.recorder.disabled_reason else session.recorder.left_out
-        for layer, why in left_out.items():
-            session.warn_once(
-                f"layer {layer}", f"leaves out {layer!r}, which cannot be measured; all others go on. {why}"
-            )
+        notices.warn_of_layers_left_out(session)
         # what failed after the collective is said now, though the other ranks learn of it only at the next one
         session.warn_of_fault(session.recorder.disabled_reason or session.recorder.local_error)
 
@@ -331,13 +319,8 @@ class ActivationVarianceMonitor(Callback):
         session = self._session
         assert session is not None
         session.warn_of_fault(session.recorder.local_error)
-        self._say_why_norms_are_empty(session, trainer)
-        if (lost := session.recorder.lost_gradients) and session.steps_with_lost_gradients >= _PATIENCE:
-            session.warn_once(
-                "backward",
-                f"has seen no gradient of {shortened(lost)}: where one is computed by loss.backward() instead of "
-                "self.manual_backward(loss), or by torch.autograd.grad, no hook tells that it is the loss's.",
-            )
+        notices.explain_empty_norms(session, trainer)
+        notices.explain_lost_gradients(session)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -368,43 +351,13 @@ class ActivationVarianceMonitor(Callback):
         session.recorder.watch(select_layers(found, self.layers, missing_ok=True), found)
         session.warn_once("changed", "goes on with the model's present layers and parameters, which are new.")
 
-    def _warn_of_watchers(self, trainer: Trainer, interval: int) -> None:
-        """Say what other callbacks wait for in vain, or will see the same number of several times."""
-        for callback in _lightning.callbacks_of(trainer):
-            watched = getattr(callback, "monitor", None)
-            stat = watched.partition("/")[0] if isinstance(watched, str) else ""
-            if stat not in STATISTICS:
-                continue
-            name = type(callback).__name__
-            if stat not in self.stats:
-                rank_zero_warn(
-                    f"{name} watches {watched!r}, but ActivationVarianceMonitor's stats are without {stat!r}."
-                )
-            elif hasattr(callback, "patience") and interval > _lightning.steps_per_epoch(trainer):
-                rank_zero_warn(
-                    f"{name} looks at {watched!r} once an epoch, but ActivationVarianceMonitor logs every {interval} "
-                    "steps: its patience counts the same number again. Set every_n_steps to an epoch's steps or less."
-                )
-
     def _count_empty_norms(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Say it when several logged steps had a backward pass, and none a single gradient's norm."""
         if stats.values.get("gradient_norm", True):
             session.norms_may_be_empty = True
         session.steps_with_backward += session.backward_in_step
         if step >= _LONGEST_ACCUMULATION:
-            self._say_why_norms_are_empty(session, trainer)
-
-    def _say_why_norms_are_empty(self, session: FitSession, trainer: Trainer) -> None:
-        if session.norms_may_be_empty or session.steps_with_backward < _PATIENCE:
-            return
-        if session.logged_steps.has_stepped(trainer.optimizers):
-            why = "the optimizer's parameters have no gradient when it steps"
-        else:
-            why = (
-                "no optimizer has stepped where Lightning sees it. Call step() of what self.optimizers() returns: not "
-                "of an optimizer of your own, nor with use_pl_optimizer=False, nor inside of the backward pass"
-            )
-        session.warn_once("norms", f"has no gradient_norm, although gradients were computed: {why}.")
+            notices.explain_empty_norms(session, trainer)
 
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""
@@ -425,48 +378,15 @@ class ActivationVarianceMonitor(Callback):
             if session.writer is None:
                 session.writer = self._new_writer(session, trainer)
             session.writer.write(tags, step, stats.histograms)
-            for name, error in session.writer.failures().items():
-                session.warn_once(
-                    f"logger {name}",
-                    f"writes nothing more to {name}, which failed twice; the other loggers go on. "
-                    f"{type(error).__name__}: {error}",
-                )
+            notices.warn_of_failed_loggers(session)
 
     def _new_writer(self, session: FitSession, trainer: Trainer) -> StatisticsWriter:
-        """A writer to the Trainer's loggers; warns of layers whose statistics it will not get."""
-        if silent := session.recorder.silent_layers:
-            session.warn_once(
-                "silent",
-                "saw no output of these layers in the first logged step (not called, called by a function under "
-                f"torch.compile or torch.func, or sparse, nested or complex): {shortened(silent)}.",
-            )
-        if partial_layers := session.recorder.partial_layers:
-            session.warn_once(
-                "partial", f"leaves out partial sums, which no rank holds whole: {shortened(partial_layers)}."
-            )
-        rank_zero_info(f"ActivationVarianceMonitor: {session.recorder.coverage}.")
+        """A writer to the Trainer's loggers; tells of layers and statistics that they will not get."""
+        notices.tell_of_layers(session)
         writer = StatisticsWriter(trainer.loggers)
-        histograms = [stat for stat in self.stats if STATISTICS[stat].shown_as == "histogram"]
-        if histograms and writer.others:
-            session.warn_once(
-                "histograms",
-                f"writes {', '.join(histograms)} to TensorBoard only; "
-                f"{', '.join(type(logger).__name__ for logger in writer.others)} gets all else.",
-            )
+        notices.warn_of_histograms(session, writer, self.stats)
         writer.write_layout(self.stats)
         return writer
-
-
-def _tell_of_eager_modules(session: FitSession, module: LightningModule) -> None:
-    """Say once which compiled modules run eagerly in logged steps, and how they would not."""
-    eager = set(session.recorder.eager_modules)
-    if eager and "eager" not in session.warned:
-        session.warned.add("eager")
-        names = [name or "the whole model" for name, inner in module.named_modules() if inner in eager]
-        rank_zero_info(
-            f"ActivationVarianceMonitor runs these compiled modules eagerly in logged steps, which takes their eager "
-            f"memory and time: {shortened(names)}. One of whose layers none is chosen by `layers` stays compiled."
-        )
 
 
 def _may_change_gradients(module: LightningModule) -> bool:

@@ -32,6 +32,9 @@ _UNITS_AT: dict[str, int] = {
 _MIXES = ("Bmm", "Baddbmm", "ScaledDotProduct")
 """Operations whose result may have an input's shape by chance, and other units."""
 
+_LENGTHENS = ("Cat", "Slice", "ConstantPadNd")
+"""Operations by which a dimension gets another length and keeps its meaning."""
+
 T = TypeVar("T")
 
 
@@ -85,7 +88,7 @@ class _Search:
             return None
         if (moves := _MOVES.get(operation)) is not None:
             return self._behind_view(node, shape, moves)
-        return self._behind_elementwise(node, shape)
+        return self._behind_others(node, shape, longer=operation in _LENGTHENS)
 
     def _behind_view(self, node: Any, shape: Sequence[int], moves: Callable[..., int | None]) -> Origin | None:
         before = node.next_functions[0][0]
@@ -95,13 +98,18 @@ class _Search:
         dim = moves(node, source, shape, origin.dim)
         return None if dim is None else origin._replace(dim=dim)
 
-    def _behind_elementwise(self, node: Any, shape: Sequence[int]) -> Origin | None:
-        """Of the inputs that have the result's shape, the origin of the first that has one; inputs must not differ."""
-        origins = [
-            origin
-            for before, _ in node.next_functions
-            if before is not None and _shape_of(before) == shape and (origin := self.of(before)) is not None
-        ]
+    def _behind_others(self, node: Any, shape: tuple[int, ...], *, longer: bool) -> Origin | None:
+        """Of the inputs that have the result's shape, the origin of the first that has one; inputs must not differ.
+
+        Args:
+            longer: inputs may be shorter in some dimension.
+        """
+        origins = []
+        for before, _ in node.next_functions:
+            source = None if before is None else _shape_of(before)
+            fits = source == shape or (longer and source is not None and len(source) == len(shape))
+            if fits and (origin := self.of(before)) is not None:
+                origins.append(origin)
         if not origins or any(origin.dim != origins[0].dim for origin in origins):
             return None
         return next((origin for origin in origins if origin.known is not None), origins[0])
@@ -122,6 +130,15 @@ def _permuted(node: Any, source: Sequence[int], shape: Sequence[int], dim: int) 
 def _transposed(node: Any, source: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
     one, other = (_dim(number, len(shape)) for number in (node._saved_dim0, node._saved_dim1))
     return {one: other, other: one}.get(dim, dim)
+
+
+def _selected(node: Any, source: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
+    gone = _dim(node._saved_dim, len(source))
+    return None if gone == dim else dim - (gone < dim)
+
+
+def _expanded(node: Any, source: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
+    return dim + len(shape) - len(source)
 
 
 def _turned(node: Any, source: Sequence[int], shape: Sequence[int], dim: int) -> int | None:
@@ -149,5 +166,7 @@ _MOVES: dict[str, Callable[..., int | None]] = {
     "ReshapeAlias": _reshaped,
     "Unsqueeze": _reshaped,
     "Squeeze": _reshaped,
+    "Select": _selected,
+    "Expand": _expanded,
 }
 """By operation that only looks at the same numbers in another way, where the unit dimension goes."""

@@ -156,4 +156,4 @@ def test_layers_never_called_are_named_once() -> None:
     with pytest.warns(UserWarning, match="saw no output of these layers") as caught:
         fit(Idle(), ActivationVarianceMonitor(1), max_steps=3)
     (warning,) = [w for w in caught if "saw no output" in str(w.message)]
-    assert str(warning.message).endswith("nested or complex): idle, spare.")
+    assert str(warning.message).endswith("nested or complex): 'idle', 'spare'.")

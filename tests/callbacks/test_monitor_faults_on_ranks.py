@@ -135,13 +135,14 @@ class Uneven(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shared, self.act, self.extra, self.head = nn.Linear(64, 8), nn.ReLU(), nn.Linear(64, 4), nn.Linear(8, 10)
+        self.later = nn.ReLU()
         self.calls, self.rank = 0, None
 
     def forward(self, x: Tensor) -> Tensor:
         rank = dist.get_rank() if self.rank is None else self.rank
         hidden: Tensor = self.act(self.shared(x))
         if rank == 1 and self.calls >= 2:
-            hidden = hidden + self.act(self.extra(x)).mean()
+            hidden = hidden + self.later(self.extra(x)).mean()
         else:
             hidden = hidden + 0 * sum(p.sum() for p in self.extra.parameters())  # DDP wants every gradient
         self.calls += 1
@@ -179,6 +180,6 @@ def test_layouts_that_differ_between_ranks_are_merged() -> None:
 
         rows = [slice(100 * rank + 8 * step, 100 * rank + 8 * step + 8) for rank in range(2)]
         batches: Any = [[(pixels[row].double(), classes[row], rank)] for rank, row in enumerate(rows)]
-        expected = expected_tags(slow, batches, accumulation=1, loss=loss, rectifiers=["act"])
+        expected = expected_tags(slow, batches, accumulation=1, loss=loss, rectifiers=["act", "later"])
         assert_tags_close(actual, expected)
         assert ("activation_variance/network.extra" in actual) == (step >= 2)

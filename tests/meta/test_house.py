@@ -180,6 +180,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
     },
     "monitor/origins.py": {
         "_input_metadata": "the shape of an operation's result",
+        "_saved_dim": "what was selected",
         "_saved_dim0": "what was transposed",
         "_saved_dim1": "the same",
         "_saved_dims": "how dimensions were permuted",

@@ -41,6 +41,12 @@ def units_of(tensor: Tensor) -> int | None:
         (lambda: linear(SEQUENCE).unsqueeze(1), 3),
         (lambda: F.dropout(linear(SEQUENCE).clamp(-1, 1)), 2),
         (lambda: F.embedding(torch.tensor([[1, 2]]), linear.weight), 2),
+        (lambda: linear(SEQUENCE)[:, 0] + 1, 1),
+        (lambda: conv(IMAGE)[..., 1], 1),
+        (lambda: torch.cat([torch.zeros(2, 1, 4), linear(SEQUENCE)], 1) * 2, 2),
+        (lambda: linear(SEQUENCE)[:, 2:5], 2),
+        (lambda: linear(SEQUENCE[0]).expand(5, 9, 4), 2),
+        (lambda: linear(SEQUENCE)[..., 0], None),
         (lambda: linear(SEQUENCE).view(2, 9, 2, 2), None),  # heads: no unit stays whole
         (lambda: linear(SEQUENCE).flatten(1), None),
         (lambda: torch.bmm(linear(SEQUENCE), torch.rand(2, 4, 4)), None),
