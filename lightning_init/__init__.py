@@ -17,8 +17,10 @@ if TYPE_CHECKING:  # the same names once more, where type checkers and editors l
     from lightning_init.initialization.plan import Assignment
     from lightning_init.initialization.report import Entry, InitReport
     from lightning_init.initialization.rules import Rule
+    from lightning_init.introspect.probe import trace
     from lightning_init.introspect.role import Role
     from lightning_init.introspect.roles import fans_of, register
+    from lightning_init.introspect.trace import Trace
     from lightning_init.monitor.histograms import Histogram
     from lightning_init.monitor.observe import observe
     from lightning_init.monitor.statistics import LayerStats, StatName
@@ -49,8 +51,10 @@ _HOMES = {
     "initialization.plan": ["Assignment"],
     "initialization.report": ["Entry", "InitReport"],
     "initialization.rules": ["Rule"],
+    "introspect.probe": ["trace"],
     "introspect.role": ["Role"],
     "introspect.roles": ["fans_of", "register"],
+    "introspect.trace": ["Trace"],
     "monitor.observe": ["observe"],
     "monitor.histograms": ["Histogram"],
     "monitor.statistics": ["LayerStats", "StatName"],
@@ -97,6 +101,7 @@ __all__ = [
     "StatName",
     "StructuredScheme",
     "TorchDefault",
+    "Trace",
     "TruncatedNormal",
     "Uniform",
     "VarianceScaling",
@@ -107,6 +112,7 @@ __all__ = [
     "observe",
     "plan",
     "register",
+    "trace",
 ]
 
 

@@ -63,6 +63,9 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
     gain = scheme.gain if rule else _gain(scheme, request)
     if scheme.takes_gain and model.trace.feed_of(name) == "linear":
         gain = 1.0
+    elif scheme.takes_gain and request.is_gain_traced and rule is None:
+        traced = model.trace.gain_of(name)
+        gain = gain if traced is None else traced
     factor = model.beside_tables.get(name)
     if factor is not None and scheme.takes_gain:
         return scheme, BESIDE_TABLE, gain * factor

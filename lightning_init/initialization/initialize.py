@@ -87,7 +87,9 @@ def initialize(
         model: any module; its parameters may be DTensors (FSDP2, tensor parallel) or FSDP1's.
         scheme: a name of ``SCHEMES`` or a scheme object.
         rules: ahead of the scheme, the first that matches wins.
-        activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own.
+        activation: name of the nonlinearity that feeds the layers; its gain replaces the scheme's own. ``"auto"``: for
+            each weight that of what feeds it, a custom function or a gate as well, found by calling the model with
+            ``batch``; where it is not found, the scheme's own stays, and the report says so.
         bias: one value for every bias in place of the scheme's own.
         head: a scheme for the weights that give the model's outputs, such as ``"zeros"``.
         strict: an error, in place of a line in the report, if parameters are of a module type that is not known.
@@ -205,7 +207,7 @@ def carry_out(
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
         entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
     notes = [
-        *notes_on_gains(trace, prepared.plan, heads_among(candidates, trace)),
+        *notes_on_gains(trace, prepared.plan, heads_among(candidates, trace), is_gain_traced=request.is_gain_traced),
         *notes_on_parts(prepared.plan),
         *notes_on_twins(prepared.plan, past.twins),
         *notes,

@@ -20,7 +20,9 @@ _PARTS = (("real", "imag"), ("re", "im"), ("r", "i"))
 """How names of the two layers of a complex one end."""
 
 
-def notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[str]) -> list[str]:
+def notes_on_gains(
+    trace: Trace, plan: Sequence[Assignment], heads: Container[str], *, is_gain_traced: bool = False
+) -> list[str]:
     """Which weights got another gain than the scheme's for their place in the model, and which give its outputs."""
     drawn = _drawn_weights(plan)
     without = [
@@ -33,7 +35,25 @@ def notes_on_gains(trace: Trace, plan: Sequence[Assignment], heads: Container[st
     notes = [f"nothing nonlinear feeds them, so their gain is 1: {listed(without)}"] if without else []
     notes += [f"output layers, which head='zeros' would start at 0: {listed(likely)}"] if likely and without else []
     notes += [f"added to the rows of a lookup table, so they get its scale: {listed(beside)}"] if beside else []
+    if is_gain_traced:
+        notes += _traced_gains(trace, drawn)
     return notes + ([f"what feeds the weights could not be seen: {trace.why_not}"] if trace.why_not else [])
+
+
+def _traced_gains(trace: Trace, drawn: Iterable[Assignment]) -> list[str]:
+    """What was found to feed the weights, with its gain, and where nothing was."""
+    by_function: dict[tuple[str, float], list[str]] = {}
+    unknown = []
+    for one in drawn:
+        functions, gain = trace.functions_of(one.name), trace.gain_of(one.name)
+        if gain is None:
+            unknown.append(one.name)
+        elif functions:
+            by_function.setdefault((" ".join(functions), gain), []).append(one.name)
+    notes = [f"fed by {what}, whose gain is {gain:.4g}: {listed(names)}" for (what, gain), names in by_function.items()]
+    return notes + (
+        [f"what feeds them was not found, so the gain is the scheme's own: {listed(unknown)}"] * bool(unknown)
+    )
 
 
 def notes_on_parts(plan: Sequence[Assignment]) -> list[str]:

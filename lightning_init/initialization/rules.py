@@ -75,6 +75,10 @@ class Rule:
         return any(name == self.pattern or fnmatchcase(name, self.pattern) for name in names)
 
 
+AUTO = "auto"
+"""In place of an activation's name: that of what feeds each weight."""
+
+
 @dataclass(frozen=True)
 class Request:
     """All arguments of one initialisation, checked.
@@ -86,6 +90,7 @@ class Request:
         bias: the value of every bias; None: the scheme's own choice.
         head: for the weights that give the model's outputs; None: as for all others.
         is_strict: parameters of module types that are not known are an error.
+        is_gain_traced: the gain of each weight is that of what feeds it, where a trace has found it.
         text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
@@ -95,6 +100,7 @@ class Request:
     bias: float | None = None
     head: Scheme | None = None
     is_strict: bool = False
+    is_gain_traced: bool = False
     text: str = field(default="", compare=False)
 
     @classmethod
@@ -112,7 +118,8 @@ class Request:
         Args:
             scheme: a name of :data:`SCHEMES` or a scheme object.
             rules: as in :class:`Request`.
-            activation: what the gain is made for, such as ``gelu``; None: the scheme's own gain.
+            activation: what the gain is made for, such as ``gelu``; "auto": for what feeds each weight, as a trace
+                shows it; None: the scheme's own gain.
             bias: as in :class:`Request`.
             head: a name of :data:`SCHEMES` or a scheme object.
             strict: as ``is_strict`` in :class:`Request`.
@@ -126,11 +133,15 @@ class Request:
         gain = None
         if activation is not None:
             check_takes_gain(chosen, "activation")
-            gain = gain_of(activation)
+            gain = None if activation == AUTO else gain_of(activation)
         if bias is not None:
             check_finite("bias", bias)
-        text = name_of(chosen) + (f" for {activation}" if activation else "")
-        return cls(chosen, _checked(rules), gain, bias, None if head is None else scheme_of(head), strict, text)
+        is_traced = activation == AUTO
+        text = name_of(chosen) + (
+            " for what feeds each weight" if is_traced else f" for {activation}" * bool(activation)
+        )
+        heads = None if head is None else scheme_of(head)
+        return cls(chosen, _checked(rules), gain, bias, heads, strict, is_traced, text)
 
     @property
     def asks_for_trace(self) -> bool:

@@ -123,7 +123,7 @@ class _Follower:
 
     def _pass_on(self, operation: Operation, signals: Sequence[Value]) -> None:
         """What comes out is what went in, but for a constant factor."""
-        factor = _factor(operation)
+        factor = constant_factor(operation)
         sums = frozenset(self._root(number) for one in signals for number in self._sums.get(one, ()))
         factors = {key: old * factor for factors in self._factors_of(signals) for key, old in factors.items()}
         scale = factor * min((self._scales.get(one, 1.0) for one in signals), default=1.0)
@@ -166,7 +166,7 @@ class _Follower:
         return number
 
 
-def _factor(operation: Operation) -> float:
+def constant_factor(operation: Operation) -> float:
     """The size of the constant that an operation multiplies by; 1 where there is none, or none that can be read."""
     if operation.name.rstrip("_") not in ("mul", "div"):
         return 1.0

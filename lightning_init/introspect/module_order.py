@@ -16,7 +16,7 @@ from torch.nn.modules.padding import _ConstantPadNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AvgPoolNd
 
 from lightning_init.introspect.names import clean_name
-from lightning_init.introspect.trace import Trace, Use
+from lightning_init.introspect.trace import Feed, Trace, Use
 
 _WEIGHTED = (nn.Linear, _ConvNd)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -42,7 +42,8 @@ def trace_of_order(model: nn.Module) -> Trace:
             if isinstance(one, _WEIGHTED):
                 is_linear = isinstance(before, (*_WEIGHTED, *_NORMS))
                 weight = clean_name(model, f"{name}.weight")
-                uses.append(Use(frozenset({weight}), "linear" if is_linear else "unknown", one is last and not path))
+                feed: Feed = "linear" if is_linear else "unknown"
+                uses.append(Use(frozenset({weight}), feed, one is last and not path, 1.0 if is_linear else None))
     return Trace(tuple(uses))
 
 

@@ -133,8 +133,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 names = self._full_names.get((id(inner), attribute), frozenset())
                 _, known = self._names_of.get(storage_of(parameter), (None, frozenset()))
                 self._names_of[storage_of(parameter)] = parameter, known | names
-                # What FSDP2 has gathered came from somewhere: it is the parameter all the same.
-                self._values[_view(parameter)] = Value(parameter, parameters=known | names)
+                # What FSDP2 has gathered came from somewhere: it is the parameter all the same. Vectors, such as slopes
+                # of activations and scales of norms, are copied: FSDP2 frees them, and a replay needs what they hold.
+                is_vector = parameter.ndim <= 1 and has_memory(parameter) and not isinstance(parameter, DTensor)
+                held = parameter.detach().clone() if is_vector and not parameter.is_meta else parameter
+                self._values[_view(parameter)] = Value(held, parameters=known | names)
 
     def __torch_dispatch__(
         self,
@@ -225,10 +228,28 @@ def normal_like(value: Value, seed: int = 0) -> Tensor:
     return drawn.to(value.tensor.device, value.tensor.dtype)  # whole, also of what ranks hold in parts
 
 
+def _is_of_vectors(value: Value, depth: int = 8) -> bool:
+    """Whether a value is made of nothing but constants and parameters that :func:`_is_plausible_vector`."""
+    if value.is_data or depth == 0:
+        return False
+    if value.operation is None:
+        return not value.parameters or _is_plausible_vector(value)
+    return all(_is_of_vectors(one, depth - 1) for one in value.inputs)
+
+
+def _is_plausible_vector(value: Value) -> bool:
+    """Whether a value is a parameter of one dimension that holds numbers one could have written."""
+    tensor = value.tensor
+    if tensor.ndim > 1 or isinstance(tensor, DTensor) or tensor.is_meta or not has_memory(tensor):
+        return False
+    return bool(tensor.isfinite().all()) and bool((tensor.abs() < 1e3).all())
+
+
 def replay(value: Value, given: Mapping[Value, Tensor], limit: int) -> dict[Value, Tensor]:
     """Compute a value again from other tensors than it was computed from, with random numbers for parameters.
 
-    The parameters' own may be gone by now (FSDP2 frees what it gathers), and are arbitrary before they are drawn.
+    The parameters' own may be gone by now (FSDP2 frees what it gathers), and are arbitrary before they are drawn; but
+    vectors (slopes, scales) keep their own, unless nobody has written to their memory.
 
     Args:
         value: what is asked for.
@@ -246,12 +267,12 @@ def replay(value: Value, given: Mapping[Value, Tensor], limit: int) -> dict[Valu
     def tensor_of(one: Any) -> Any:
         if not isinstance(one, Value):
             return one
-        if one.is_data and one.operation is not None and one not in computed:
+        if one.operation is not None and one not in computed and (one.is_data or _is_of_vectors(one)):
             compute(one.operation)
         if one not in computed:
             if not one.parameters and (isinstance(one.tensor, DTensor) or not has_memory(one.tensor)):
                 raise RuntimeError("a rank holds only a part of it, or nothing any more")
-            computed[one] = normal_like(one) if one.parameters else one.tensor
+            computed[one] = normal_like(one) if one.parameters and not _is_plausible_vector(one) else one.tensor
         return computed[one].clone()  # operations may work in place
 
     def compute(operation: Operation) -> None:

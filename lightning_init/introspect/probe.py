@@ -29,6 +29,29 @@ _STATISTICS = slice(3, 5)
 """Running mean and variance among the arguments of batch norms, which overwrite them without saying so."""
 
 
+def trace(model: nn.Module, batch: object) -> Trace:
+    """What feeds each weight of a model, with its gain, and where it leads to: found by one call, which leaves nothing.
+
+    The operations of the call are recorded. From the input of every product with a weight they are walked back to
+    where the signal was made anew (another weight, a normalisation, a sum of branches, attention, the model's input).
+    What lies in between is replayed with normal numbers: the gain is 1/√E[f(z)²], z ~ N(0, 1), of any function,
+    whatever its name. ``print`` shows a table.
+
+    >>> print(trace(nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1)), torch.ones(8, 2)))
+    weight    fed by  gain   added with
+    0.weight  input   1
+    2.weight  relu    1.414              output
+
+    Args:
+        model: any module that runs where its parameters are.
+        batch: what it is called with: a tuple of its arguments, a dictionary of keyword arguments, or its one argument.
+
+    Returns:
+        The trace; if the call failed, an empty one whose ``why_not`` says why.
+    """
+    return trace_call(model, lambda: call_with(model, batch))
+
+
 def trace_call(model: nn.Module, call: Callable[[], object], *, outside: Sequence[object] = ()) -> Trace:
     """The trace of one call, which leaves nothing behind.
 

@@ -8,65 +8,30 @@ What lies between is the function that feeds the weight. A linear one asks for n
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_init.introspect.destinations import Destination, Kinds, destinations
+from lightning_init.introspect.operation_kinds import (
+    ATTENTIONS,
+    LINEAR,
+    LINEAR_IN_ONE,
+    LOOKUPS,
+    MOST_BETWEEN,
+    NORMALIZATIONS,
+    PRODUCTS,
+    SUMS,
+)
 from lightning_init.introspect.operations import Operation, Value, normal_like, replay
+from lightning_init.introspect.replayed_gain import gain_between, names_between
 
 Feed = Literal["input", "linear", "nonlinear", "unknown"]
 """What feeds a weight: the model's input, something linear or normalised, something else, or nobody knows."""
-
-MOST_BETWEEN = 200
-"""Values between two places where the signal is made anew, at most: a scan over time steps has thousands."""
-
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "convolution", "linear", "trilinear"}
-"""Operations that sum products of an input with a weight."""
-
-NORMALIZATIONS = {
-    "native_layer_norm",
-    "native_group_norm",
-    "native_batch_norm",
-    "native_batch_norm_legit",
-    "native_batch_norm_legit_no_training",
-    "batch_norm_with_update",
-    "cudnn_batch_norm",
-    "miopen_batch_norm",
-    "fused_rms_norm",
-}
-
-ATTENTIONS = {
-    "softmax",
-    "safe_softmax",
-    "scaled_dot_product_flash_attention",
-    "scaled_dot_product_flash_attention_for_cpu",
-    "scaled_dot_product_efficient_attention",
-    "scaled_dot_product_cudnn_attention",
-    "scaled_dot_product_attention_math",
-}
-
-LOOKUPS = {"embedding", "embedding_bag", "index_select", "index", "gather"}
-
-LINEAR = {
-    *("view", "unsafe_view", "reshape_alias", "t", "transpose", "transpose_", "permute", "expand", "as_strided"),
-    *("unsqueeze", "unsqueeze_", "squeeze", "squeeze_", "select", "slice", "unfold", "unbind", "index", "where"),
-    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "cat", "stack", "repeat", "flip", "roll"),
-    *("clone", "detach", "alias", "to_copy", "copy_", "constant_pad_nd", "reflection_pad2d"),
-    *("neg", "sum", "mean", "native_dropout", "masked_fill", "masked_fill_", "im2col", "col2im", "pixel_shuffle"),
-    *("avg_pool2d", "avg_pool3d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    *("upsample_nearest1d", "upsample_nearest2d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d"),
-}
-"""Operations that are linear in what they read, if only one of their tensors is data or all are alike."""
-
-LINEAR_IN_ONE = {"mul", "mul_", "div", "div_"}
-"""Linear if only one factor is data, and that is no divisor."""
-
-SUMS = {"add", "add_", "sub", "sub_", "rsub", "addcmul", "lerp"}
-
 
 _KINDS = Kinds(
     frozenset(LINEAR),
@@ -84,6 +49,9 @@ class Use:
     Attributes:
         parameters: full names of the parameters that the weight is made of.
         feed: what feeds it.
+        gain: that of what feeds it: 1/√E[f(z)²] with z ~ N(0, 1) where its signal was made anew; 1 of what is linear;
+            None where it could not be found.
+        functions: what is nonlinear in it, by PyTorch's names of operations: ``("gelu",)``.
         is_output: nothing that comes out of it goes into another product with a weight: a head.
         destination: what it is added to, and whether a constant enlarges it.
     """
@@ -91,6 +59,8 @@ class Use:
     parameters: frozenset[str]
     feed: Feed
     is_output: bool
+    gain: float | None = None
+    functions: tuple[str, ...] = ()
     destination: Destination = field(default_factory=Destination)
 
 
@@ -118,6 +88,56 @@ class Trace:
             for name in use.parameters:
                 feeds[name] = max(feeds.get(name, use.feed), use.feed, key=order.index)
         return feeds
+
+    def gain_of(self, name: str) -> float | None:
+        """The gain of what feeds a parameter: where it is used several times, the smallest; None if any is unknown."""
+        return self._gains.get(name)
+
+    @functools.cached_property
+    def _gains(self) -> dict[str, float | None]:
+        gains: dict[str, float | None] = {}
+        for use in self.uses:
+            for name in use.parameters:
+                before = gains.get(name, math.inf)
+                gains[name] = None if before is None or use.gain is None else min(before, use.gain)
+        return gains
+
+    def functions_of(self, name: str) -> tuple[str, ...]:
+        """What is nonlinear in what feeds a parameter, by the names of operations."""
+        return tuple(dict.fromkeys(one for use in self.uses if name in use.parameters for one in use.functions))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trace as plain data, for JSON: by parameter, what feeds it and where it leads to, in execution order."""
+        rows: dict[str, Any] = {}
+        for use in self.uses:
+            for name in sorted(use.parameters):
+                rows.setdefault(
+                    name,
+                    {
+                        "feed": self.feed_of(name),
+                        "functions": list(self.functions_of(name)),
+                        "gain": self.gain_of(name),
+                        "tables_beside": dict(self.tables_beside(name)),
+                        "summands": self.summands_with(name),
+                        "is_output": name in self.heads,
+                    },
+                )
+        return {"why_not": self.why_not, "parameters": rows}
+
+    def __str__(self) -> str:
+        """A table: a line for each weight, in the order of execution."""
+        if not self.uses:
+            return f"nothing traced: {self.why_not}" if self.why_not else "nothing traced"
+        lines = [("weight", "fed by", "gain", "added with", "")]
+        for name, row in self.to_dict()["parameters"].items():
+            fed_by = ", ".join(row["functions"]) or row["feed"]
+            gain = "?" if row["gain"] is None else f"{row['gain']:.4g}"
+            others = str(row["summands"] - 1) if row["summands"] > 1 else ""
+            tables = ", ".join(row["tables_beside"])
+            lines.append((name, fed_by, gain, " ".join(filter(None, (others, tables))), "output" * row["is_output"]))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        rows = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join(row.rstrip() for row in rows)
 
     def tables_beside(self, name: str) -> Mapping[str, float]:
         """The lookup tables whose rows are added to a weight's outputs, with the constant that multiplies the rows."""
@@ -167,17 +187,14 @@ def trace_of(operations: Sequence[Operation]) -> Trace:
     leads_on = _ancestors(product.signal for product in products)
     walk = _Walk({id(product.operation) for product in products})
     found = destinations(operations, [product.operation for product in products], _KINDS)
-    return Trace(
-        tuple(
-            Use(
-                product.weight.parameters,
-                walk.feed_of(product.signal),
-                not any(output in leads_on for output in product.operation.outputs),
-                destination,
-            )
-            for product, destination in zip(products, found, strict=True)
+    uses = []
+    for product, destination in zip(products, found, strict=True):
+        function = walk.function_behind(product.signal)
+        is_output = not any(output in leads_on for output in product.operation.outputs)
+        uses.append(
+            Use(product.weight.parameters, function.feed, is_output, function.gain, function.names, destination)
         )
-    )
+    return Trace(tuple(uses))
 
 
 @dataclass(frozen=True)
@@ -210,23 +227,37 @@ def _ancestors(values: Iterable[Value]) -> set[Value]:
     return found
 
 
+class _Function(NamedTuple):
+    """What feeds a weight, as in :class:`Use`."""
+
+    feed: Feed
+    gain: float | None = None
+    names: tuple[str, ...] = ()
+
+
 class _Walk:
     """Walks back from values to where their signal is made anew; what was found is remembered."""
 
     def __init__(self, products: set[int]) -> None:
         self._products = products
         self._origins: dict[Value, frozenset[Value]] = {}
+        self._found: dict[Value, _Function] = {}
 
-    def feed_of(self, value: Value) -> Feed:
-        """What kind of function leads from the origins of a value to it."""
+    def function_behind(self, value: Value) -> _Function:
+        """What leads from the origins of a value to it."""
+        if value not in self._found:
+            self._found[value] = self._function_behind(value)
+        return self._found[value]
+
+    def _function_behind(self, value: Value) -> _Function:
         origins = self._origins_of(value)
         if not origins:
-            return "unknown"
+            return _Function("unknown")
         if all(origin.operation is None for origin in origins):
-            return "input"
+            return _Function("input", 1.0)
         if self._is_linear(value, origins):
-            return "linear"
-        return _replayed_feed(value, origins)
+            return _Function("linear", 1.0)
+        return _replayed(value, origins)
 
     def _origins_of(self, value: Value) -> frozenset[Value]:
         """Where the signal in a value is made anew, nearest first."""
@@ -285,7 +316,7 @@ def _joined(value: Value, of_inputs: Sequence[frozenset[Value]]) -> frozenset[Va
     return frozenset().union(*of_inputs)
 
 
-def _replayed_feed(value: Value, origins: frozenset[Value]) -> Feed:
+def _replayed(value: Value, origins: frozenset[Value]) -> _Function:
     """Ask the recorded operations themselves, with random numbers at the origins."""
     order = sorted(origins, key=lambda one: one.number)
     first, second = ({one: normal_like(one, 2 * i + j + 1) for i, one in enumerate(order)} for j in range(2))
@@ -294,14 +325,15 @@ def _replayed_feed(value: Value, origins: frozenset[Value]) -> Feed:
         at_double = replay(value, {one: 2 * tensor for one, tensor in first.items()}, MOST_BETWEEN)
         renewed = _renewed(value, at_first, at_double, origins)
         if renewed:
-            return _replayed_feed(value, renewed) if value not in renewed else "linear"
+            return _replayed(value, renewed) if value not in renewed else _Function("linear", 1.0)
         at_second = replay(value, second, MOST_BETWEEN)
         at_sum = replay(value, {one: first[one] + second[one] for one in origins}, MOST_BETWEEN)
+        at_zero = at_first[value] + at_second[value] - at_sum[value]
+        if _is_close(at_double[value] - at_first[value], at_first[value] - at_zero):
+            return _Function("linear", 1.0)
+        return _Function("nonlinear", gain_between(value, origins), names_between(value, origins))
     except Exception:  # any operation may stand here, and refuse
-        return "unknown"
-    at_zero = at_first[value] + at_second[value] - at_sum[value]
-    is_linear = _is_close(at_double[value] - at_first[value], at_first[value] - at_zero)
-    return "linear" if is_linear else "nonlinear"
+        return _Function("unknown")
 
 
 def _renewed(

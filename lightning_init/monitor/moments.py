@@ -6,9 +6,8 @@ variance, which is 3e-6 at mean/std = 1e4, and no gradient is so small or large 
 
 On the CPU, float32 tensors take a fast path, compiled from ``_sums.c`` when the package is installed with a C compiler
 at hand: both sums in one pass, without a copy. All other tensors, and all tensors where nothing was compiled, are
-summed by PyTorch, in blocks that fit into the cache: in float32 about a centre where that is enough, else over float64
-copies. Inside a training step, whose matrices have filled the caches,
-every function of PyTorch costs 5 to 50 µs before it has added anything; the compiled call is fast because it
+summed by PyTorch over float64 copies that fit into the cache. Inside a training step, whose matrices have filled the
+caches, every function of PyTorch costs 5 to 50 µs before it has added anything; the compiled call is fast because it
 replaces a dozen of them.
 
 A kurtosis needs fourth powers, and those lose everything far from zero when they are summed as they are. They are
@@ -188,51 +187,15 @@ def _in_float64(tensor: Tensor, unit_dim: int | None) -> Moments:
     _, units, inner = blocks.shape
     limit = _BLOCK_OF_ACCELERATORS if needs_device_sync(blocks) else _BLOCK
     first, *others = torch.split(blocks, max(1, limit // max(1, units * inner)))
-    sums, squares = _sums_of_block(first)
+    sums, squares = _float64_sums(first)
     for block in others:
-        more_sums, more_squares = _sums_of_block(block)
+        more_sums, more_squares = _float64_sums(block)
         sums += more_sums
         squares += more_squares
     total = sums.sum() if unit_dim is None else sums
     if needs_device_sync(blocks):
         return Moments(tensor.numel(), total, squares)
     return Moments(tensor.numel(), total.item() if unit_dim is None else total, squares.item())
-
-
-def _sums_of_block(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Σx of each unit, float64 [units], and Σx², [], of a block [outer, units, inner]."""
-    if block.dtype is torch.float32 and not needs_device_sync(block) and block.numel() >= _FEW:
-        in_float32 = _centred_sums(block)
-        if in_float32 is not None:
-            return in_float32
-    return _float64_sums(block)
-
-
-_FEW = 1 << 12
-"""Elements below which a copy costs nothing beside the calls themselves."""
-
-_SMALLEST, _LARGEST = 1e-25, 1e25
-"""Mean squares between which sums of a block's squares neither underflow in float32 nor overflow."""
-
-_MOST_OF_MEANS = 0.95
-"""Share of Σ(x - centre)² that the units' means may make: what float32 loses, 1e-7, is then 2e-6 of the rest."""
-
-
-def _centred_sums(block: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The same by float32 sums of the distance from each unit's first number; None where float32 is not enough.
-
-    With centre k and n numbers a unit, Σx = Σ(x - k) + n·k, and Σx² = Σ(x - k)² + 2k·Σ(x - k) + n·k².
-    """
-    n = block.shape[0] * block.shape[2]
-    centre = block[:1, :, :1]
-    distance = block - centre
-    sums = (distance.sum((0, 2)) if block.shape[2] > 1 else distance.sum(0).squeeze(1)).double()
-    squares = distance.mul_(distance).sum().double()  # a dot product would lose ten times as much
-    of_means = torch.dot(sums, sums) / n
-    if not _SMALLEST < squares.item() / block.numel() < _LARGEST or of_means.item() > _MOST_OF_MEANS * squares.item():
-        return None
-    k = centre.reshape(-1).double()
-    return sums + n * k, squares + 2 * torch.dot(k, sums) + n * torch.dot(k, k)
 
 
 def _float64_sums(block: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from tests.support.models import (
     LateModule,
     Sharded,
     ShardedModule,
+    WholeModel,
     digits,
     mlp,
 )
@@ -154,6 +155,49 @@ def trained_in_its_first_half() -> Weights:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     initialize(model, "he_normal", seed=SEED)
     return weights_of(model)
+
+
+def whole_model(strategy: str, scheme: Any) -> tuple[Weights, dict[str, str | None]]:
+    """The weights at the start of a fit whose ranks drew an author's values of their own, and what decided on each."""
+    torch.manual_seed(100 + (dist.get_rank() if dist.is_initialized() else 0))
+    callback = InitCallback(scheme, seed=SEED)
+    module, trainer = {
+        "single": (DigitsModule, make_trainer),
+        "ddp": (DigitsModule, make_ddp_trainer),
+        "fsdp2": (ShardedModule, make_fsdp2_trainer),
+        "fsdp2 meta": (partial(ShardedModule, device="meta"), make_fsdp2_trainer),
+    }[strategy]
+    weights = weights_at_start(module(WholeModel), callback, trainer)
+    assert callback.report is not None
+    callback.report.check()
+    frozen = [name for name in weights if name.startswith("frozen")]
+    for name in frozen:  # as it was, and every rank had its own
+        del weights[name]
+    return weights, {entry.name: entry.decided_by for entry in callback.report}
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
+@pytest.mark.filterwarnings("ignore:only .* of the weights:UserWarning")
+@pytest.mark.parametrize("scheme", ["he_normal", "torch_default"])
+@pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
+def test_scales_that_the_whole_model_tells_are_agreed_by_all_ranks(strategy: str, world_size: int, scheme: str) -> None:
+    expected, decided_by = whole_model("single", scheme)
+    assert decided_by["network.writers.0.weight"] == "added to a table"
+    for weights, theirs in run_ranks(whole_model, world_size, strategy, scheme):
+        assert theirs == decided_by
+        if scheme == "he_normal":  # an unknown type is left alone, and every rank had its own
+            del weights["own.matrix"]
+        assert_same(weights, {name: weight for name, weight in expected.items() if name in weights})
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
+@pytest.mark.parametrize("scheme", ["torch_default"])
+def test_whole_model_from_meta_has_the_same_weights_on_any_number_of_ranks(scheme: str) -> None:
+    """Its author's draws are lost on the meta device: what each module's own reset says is left."""
+    (expected, decided_by), *_ = run_ranks(whole_model, 1, "fsdp2 meta", scheme)
+    for weights, theirs in run_ranks(whole_model, 2, "fsdp2 meta", scheme):
+        assert theirs == decided_by
+        assert_same(weights, expected)
 
 
 def test_signs_of_one_ranks_shard_count_for_all() -> None:

@@ -37,6 +37,7 @@ def build(folder: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, copy]
     subprocess.run(command, env={**os.environ, **environment}, check=True, capture_output=True, timeout=200)
     (wheel,) = folder.glob("*.whl")
+    assert "-cp310-abi3-" in wheel.name  # for every Python from 3.10 on
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "unpacked")
 

@@ -19,7 +19,7 @@ PUBLIC_NAMES = frozenset(
     {
         *("InitCallback", "ActivationVarianceMonitor", "InitCLI"),
         *("initialize", "plan", "Assignment", "Rule", "InitReport", "Entry"),
-        *("observe", "LayerStats", "Histogram", "StatName"),
+        *("observe", "LayerStats", "Histogram", "StatName", "trace", "Trace"),
         *("fans_of", "Fans", "gain_of", "register", "Role"),
         *(
             "SCHEMES",

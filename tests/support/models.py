@@ -128,6 +128,51 @@ class Authored(nn.Module):
         return logits
 
 
+class OwnReset(nn.Module):
+    """A matrix of a type that nobody knows, filled by its own reset."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.empty(21, 21))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.matrix, -0.3, 0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.matrix
+
+
+class WholeModel(nn.Module):
+    """Whose scales only the whole model tells: layers added to a small table, one in front of sin(30 x), a formula of
+    the author's, a type of its own, a layer that is frozen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(16, 21)
+        nn.init.normal_(self.words.weight, std=0.02)
+        self.readers = nn.ModuleList(nn.Linear(21, 42) for _ in range(2))
+        self.writers = nn.ModuleList(nn.Linear(42, 21) for _ in range(2))
+        self.norm, self.own, self.wave, self.frozen = nn.LayerNorm(21), OwnReset(), nn.Linear(21, 33), nn.Linear(21, 21)
+        nn.init.uniform_(self.wave.weight, -1 / 21, 1 / 21)
+        self.frozen.requires_grad_(False)
+        self.formulas = nn.Sequential(*(nn.Linear(33, 33) for _ in range(3)))
+        for layer in self.formulas:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="tanh")
+        self.head = nn.Linear(33, CLASSES)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.words(((pixels - pixels.min()) * 3).long().clamp(0, 15)).mean(1)
+        for reader, writer in zip(self.readers, self.writers, strict=True):
+            x = x + writer(reader(self.norm(x)).relu())
+        x = torch.sin(30 * self.wave(self.own(self.frozen(self.norm(x)))))
+        for layer in self.formulas:
+            x = layer(x).tanh()
+        logits: Tensor = self.head(x)
+        return logits
+
+
 class Digits:
     """Trains ``build()``, which maps rows of 64 pixels to 10 logits, as ``self.network``: what a LightningModule does.
 
