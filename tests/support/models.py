@@ -152,8 +152,8 @@ class WholeModel(nn.Module):
         super().__init__()
         self.words = nn.Embedding(16, 21)
         nn.init.normal_(self.words.weight, std=0.02)
-        self.readers = nn.ModuleList(nn.Linear(21, 42) for _ in range(2))
-        self.writers = nn.ModuleList(nn.Linear(42, 21) for _ in range(2))
+        self.reader, self.writer = nn.Linear(21, 42), nn.Linear(42, 21)
+        self.other_reader, self.other_writer = nn.Linear(21, 42), nn.Linear(42, 21)
         self.norm, self.own, self.wave, self.frozen = nn.LayerNorm(21), OwnReset(), nn.Linear(21, 33), nn.Linear(21, 21)
         nn.init.uniform_(self.wave.weight, -1 / 21, 1 / 21)
         self.frozen.requires_grad_(False)
@@ -164,12 +164,10 @@ class WholeModel(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.words(((pixels - pixels.min()) * 3).long().clamp(0, 15)).mean(1)
-        for reader, writer in zip(self.readers, self.writers, strict=True):
-            x = x + writer(reader(self.norm(x)).relu())
+        x = x + self.writer(self.reader(self.norm(x)).relu())
+        x = x + self.other_writer(self.other_reader(self.norm(x)).relu())
         x = torch.sin(30 * self.wave(self.own(self.frozen(self.norm(x)))))
-        for layer in self.formulas:
-            x = layer(x).tanh()
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.formulas(x).tanh())
         return logits
 
 
