@@ -27,6 +27,9 @@ from lightning_init.show.loggers import StatisticsWriter
 
 P = ParamSpec("P")
 
+_LARGEST = torch.finfo(torch.float32).max
+"""For callbacks that end training when what they watch is missing, or infinite."""
+
 _LONGEST_ACCUMULATION = 128
 """Batches within which nobody can be sure that no optimizer steps: gradients may be accumulated by hand."""
 
@@ -362,16 +365,20 @@ class ActivationVarianceMonitor(Callback):
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""
         tags = stats.tags
+        awaited: list[str] = []
         if _lightning.loss_scale(trainer) is not None and not _gradients_are_finite(tags):
             session.warn_once(
                 "overflow",
                 f"leaves out the gradient statistics of step {step} and others like it: the loss scale overflowed, "
-                "as it does while it adapts, and the optimizer skips the step.",
+                "as it does while it adapts, and the optimizer skips the step. Until there are some, callbacks that "
+                "watch them see the largest finite number.",
             )
             session.logged_steps.owe_next()  # which has them
+            awaited = [name for name in _aggregates(tags, stats) if name.startswith("gradient_")]
             tags = {tag: value for tag, value in tags.items() if not tag.startswith("gradient_")}
         self._latest = tags
         aggregates = _aggregates(tags, stats)
+        aggregates |= {name: _LARGEST for name in awaited if name not in trainer.callback_metrics}
         tensors = torch.tensor(list(aggregates.values()), device=trainer.strategy.root_device)
         trainer.callback_metrics.update(zip(aggregates, tensors.unbind(), strict=True))
         if trainer.is_global_zero:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _MOST_ELEMENTS = 1 << 16
 """Elements of a module's tensors: what holds more is a memory bank, too large to be copied."""
@@ -44,7 +45,8 @@ def is_quiet(module: nn.Module) -> bool:
     >>> is_quiet(nn.ReLU()), is_quiet(Shout())
     (True, False)
     """
-    if sum(buffer.numel() for buffer in module.buffers()) > _MOST_ELEMENTS:
+    buffers = list(module.buffers())
+    if any(map(is_lazy, buffers)) or sum(buffer.numel() for buffer in buffers) > _MOST_ELEMENTS:
         return False
     if type(module).__module__.startswith("torch."):
         return True

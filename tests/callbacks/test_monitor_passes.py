@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import EarlyStopping, ModelSummary
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
@@ -233,6 +233,22 @@ def test_overflow_is_warned_about_once_and_skipped(kind: type[BatchModule]) -> N
     assert plugin.scaler.get_scale() < 2.0**120
     assert not any(tag.startswith("gradient_") for tag in steps[0])
     assert steps[0]["activation_variance/network.0"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:ActivationVarianceMonitor leaves out the gradient statistics")
+@pytest.mark.filterwarnings("ignore:EarlyStopping looks at")
+def test_watcher_outlives_a_loss_scale_that_overflows_all_along() -> None:
+    module = BatchModule(mlp(), batches(4), lambda network, batch: 1e6 * cross_entropy(network, batch))
+    watching = EarlyStopping("gradient_norm/total", patience=100, check_on_train_epoch_end=True)
+    trainer = make_trainer(
+        max_epochs=2,
+        logger=MemoryLogger(),
+        plugins=[scaler_plugin(2.0**127)],
+        callbacks=[ActivationVarianceMonitor(50), watching],
+    )
+    trainer.fit(module)
+    assert trainer.current_epoch == 2
+    assert trainer.callback_metrics["gradient_norm/total"].isfinite()
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -288,3 +288,18 @@ def test_activation_of_is_asked_once_for_modules_that_are_the_same(monkeypatch: 
     activation_of(nn.LeakyReLU(0.3))
     monkeypatch.setattr(activations, "traits_of", lambda module: pytest.fail("asked again"))
     assert activation_of(nn.LeakyReLU(0.3)) == ActivationTraits(rectifies=False)
+
+
+class Late(nn.Module):
+    """Finds out its size at its first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", nn.parameter.UninitializedBuffer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+
+def test_activation_of_a_module_without_memory_yet_is_none() -> None:
+    assert activation_of(Late()) is None
