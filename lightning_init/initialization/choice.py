@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_init.initialization.rules import Request, Rule
 from lightning_init.initialization.survey import Candidate
 from lightning_init.initialization.whole_model import AUTHORS_SCALE, WholeModel, drawn_again, table_scheme
 from lightning_init.introspect.role import Role
 from lightning_init.schemes.distributions import Constant, Normal, Uniform
-from lightning_init.schemes.named import name_of, scheme_of
+from lightning_init.schemes.named import Auto, TorchDefault, name_of, scheme_of
 from lightning_init.schemes.scheme import Scheme
 
 BESIDE_TABLE = "added to a table"
@@ -59,6 +61,8 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
         return request.head, "head", request.head.gain
     if rule is None and name in model.at_authors_scale:
         return drawn_again(role, candidate.authors_scale), AUTHORS_SCALE, 1.0
+    if rule is None and isinstance(request.scheme, Auto):
+        return _auto(name, request.scheme, model)
     scheme, by = (scheme_of(rule.scheme), rule.pattern) if rule else (request.scheme, "scheme")
     gain = scheme.gain if rule else _gain(scheme, request)
     if scheme.takes_gain and model.trace.feed_of(name) == "linear":
@@ -72,6 +76,19 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
     if factor is not None and scheme.fills == "known parameters" and isinstance(role.default, (Normal, Uniform)):
         return role.default.scaled(factor), BESIDE_TABLE, factor
     return scheme, by, gain
+
+
+def _auto(name: str, scheme: Auto, model: WholeModel) -> tuple[Scheme, str, float]:
+    """What a weight at its module's default gets: the gain of what feeds it, and its share of a sum."""
+    if name in model.heads:
+        return TorchDefault(), "output", 1.0
+    traced = model.trace.gain_of(name)
+    gain = scheme.gain if traced is None else traced
+    factor = model.beside_tables.get(name)
+    if factor is not None:
+        return scheme, BESIDE_TABLE, gain * factor
+    summands = model.trace.summands_with(name)
+    return scheme, "scheme" if summands == 1 else f"one of {summands} summands", gain / math.sqrt(summands)
 
 
 def _gain(scheme: Scheme, request: Request) -> float:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from lightning_init.checks import check_choice, check_finite, check_positive, nearest_names
 from lightning_init.schemes.gains import gain_of
-from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
+from lightning_init.schemes.named import SCHEMES, Auto, name_of, scheme_of
 from lightning_init.schemes.scheme import Scheme
 
 
@@ -136,9 +136,9 @@ class Request:
             gain = None if activation == AUTO else gain_of(activation)
         if bias is not None:
             check_finite("bias", bias)
-        is_traced = activation == AUTO
+        is_traced = activation == AUTO or isinstance(chosen, Auto)
         text = name_of(chosen) + (
-            " for what feeds each weight" if is_traced else f" for {activation}" * bool(activation)
+            " for what feeds each weight" if activation == AUTO else f" for {activation}" * bool(activation)
         )
         heads = None if head is None else scheme_of(head)
         return cls(chosen, _checked(rules), gain, bias, heads, strict, is_traced, text)

@@ -14,7 +14,7 @@ from lightning_init.initialization.survey import Candidate, held_by
 from lightning_init.introspect.role import Role
 from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.distributions import Distribution, Normal
-from lightning_init.schemes.named import SCHEMES, name_of, scheme_of
+from lightning_init.schemes.named import SCHEMES, Auto, name_of, scheme_of
 from lightning_init.schemes.scheme import Scheme
 from lightning_init.schemes.variance_scaling import Siren
 
@@ -124,12 +124,15 @@ def _at_authors_scale(candidates: Sequence[Candidate], request: Request, trace: 
 
     - What a constant enlarges before something nonlinear reads it, as in sin(30·Wx): no formula knows of the constant.
     - An output layer outside of the usual gains: nothing behind it needs a variance.
-    - For ``torch_default``, whatever was not left at PyTorch's default, nor given one number for layers of all sizes.
+    - For ``torch_default``, whatever was not left at PyTorch's default, nor given one number for layers of all sizes; for
+      ``auto``, also what was.
     """
     if request.scheme.fills == "any parameter":
         return frozenset()
     held = list(map(held_by, candidates))
-    habits, is_default_asked = habitual(held), request.scheme.fills == "known parameters"
+    is_auto = isinstance(request.scheme, Auto)
+    habits = frozenset() if is_auto else habitual(held)
+    is_default_asked = is_auto or request.scheme.fills == "known parameters"
     heads = set(trace.heads)
     names = []
     for candidate, one in zip(candidates, held, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,6 +30,25 @@ class TorchDefault(Scheme):
         if role is None:
             raise TypeError("TorchDefault needs a module type that is known")
         return role.default
+
+
+@dataclass(frozen=True)
+class Auto(Scheme):
+    """What each weight needs for its place in the model, found by looking at it with one batch.
+
+    N(0, gain² / fan_in), where the gain is that of what feeds the weight, 1/√E[f(z)²], whatever function that is, divided
+    by √N where N products are added up. Output layers keep PyTorch's draw, and what an author drew at a scale of his
+    own is drawn again at it. Where nothing can be seen, the gain is √2, as ``he_normal`` has it.
+    """
+
+    @property
+    def gain(self) -> float:
+        """He's, for what nobody has seen the input of."""
+        return math.sqrt(2.0)
+
+    def resolve(self, role: ParameterRole | None, gain: float) -> Initializer:
+        """N(0, gain² / fan_in)."""
+        return VarianceScaling(1.0, "fan_in", "normal").resolve(role, gain)
 
 
 def _family(scale: float, mode: Mode, names: Iterable[str]) -> dict[str, Scheme]:
@@ -75,6 +95,7 @@ SchemeName: TypeAlias = Literal[
     "small_init",
     "zero_init",
     "torch_default",
+    "auto",
 ]
 
 SCHEMES: Mapping[str, Scheme] = MappingProxyType(
@@ -97,6 +118,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "small_init": SmallInit(),
         "zero_init": ZerO(),
         "torch_default": TorchDefault(),
+        "auto": Auto(),
     }
 )
 """Every named scheme, aliases included. Schemes that need arguments (Normal, Uniform, Constant …) are classes only."""
