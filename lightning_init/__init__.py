@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same names once more, where type checkers and editors l
     from lightning_init.callbacks.init import InitCallback
     from lightning_init.callbacks.monitor import ActivationVarianceMonitor
     from lightning_init.cli.init_cli import InitCLI
+    from lightning_init.initialization.calibration import Calibration
     from lightning_init.initialization.initialize import initialize, plan
     from lightning_init.initialization.plan import Assignment
     from lightning_init.initialization.report import Entry, InitReport
@@ -47,6 +48,7 @@ _HOMES = {
     "callbacks.init": ["InitCallback"],
     "callbacks.monitor": ["ActivationVarianceMonitor"],
     "cli.init_cli": ["InitCLI"],
+    "initialization.calibration": ["Calibration"],
     "initialization.initialize": ["initialize", "plan"],
     "initialization.plan": ["Assignment"],
     "initialization.report": ["Entry", "InitReport"],
@@ -74,6 +76,7 @@ __all__ = [
     "SCHEMES",
     "ActivationVarianceMonitor",
     "Assignment",
+    "Calibration",
     "Constant",
     "DeltaOrthogonal",
     "Distribution",

@@ -13,6 +13,7 @@ from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.look import look_at_first_batch
 from lightning_init.callbacks.settled import settle, settle_restored, why_restored, why_settled
 from lightning_init.checks import check_choice, check_integer
+from lightning_init.initialization.calibration import Calibration
 from lightning_init.initialization.guard import Trained
 from lightning_init.initialization.initialize import carry_out
 from lightning_init.initialization.report import InitReport
@@ -47,6 +48,8 @@ class InitCallback(Callback):
         head: a scheme for the weights that give the model's outputs, such as ``"zeros"``; None: as for all others. One
             batch through the training step shows which they are, and leaves nothing behind.
         strict: an error, in place of a line in the report, if parameters are of a module type that is not known.
+        calibrate: scale the weights on the first batch, in one more call of the training step, so that what comes out
+            of every layer has its target variance: True, the one that fits the depth, or a :class:`Calibration`.
 
     Attributes:
         report: what was done to every parameter; None before it happened.
@@ -68,6 +71,7 @@ class InitCallback(Callback):
         trained: Trained = "refuse",
         head: SchemeName | Scheme | None = None,
         strict: bool = False,
+        calibrate: bool | Calibration = False,
     ) -> None:
         check_choice("when", when, get_args(When))
         check_choice("trained", trained, get_args(Trained))
@@ -75,7 +79,7 @@ class InitCallback(Callback):
             check_integer("seed", seed)
         self._own_report: InitReport | None = None
         self._latest = _LatestReport()
-        self._request = Request.of(scheme, rules, activation, bias, head, strict)
+        self._request = Request.of(scheme, rules, activation, bias, head, strict, calibrate)
         self._seed = None if seed is None else int(seed)
         self._last_seed: int | None = None
         self._when = when

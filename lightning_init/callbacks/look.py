@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_init.callbacks import _lightning
-from lightning_init.introspect.probe import call_with, trace_call
-from lightning_init.introspect.trace import Trace
+from lightning_init.introspect.probe import Look, call_with
 from lightning_init.sandbox import random_states_kept, shared_state_kept
 
 
-def look_at_first_batch(trainer: Trainer, module: LightningModule) -> Trace:
-    """What the training step, or else ``forward`` with ``example_input_array``, shows of the model.
+def look_at_first_batch(trainer: Trainer, module: LightningModule) -> Look:
+    """Ways to call the training step, or else ``forward`` with ``example_input_array``, before training.
 
     The first batch stays the first: no sampler, generator or data set is moved on.
 
     Returns:
-        The trace; an empty one that says why, where there is nothing that can be called without consequences.
+        What can be called without consequences; where that is nothing, it says why.
     """
-    trace = _training_step(trainer, module)
-    if not trace.uses and module.example_input_array is not None:
-        return trace_call(module, lambda: _forward(trainer, module), outside=[trainer]).or_else(trace)
-    return trace
+    calls: list[Callable[[], object]] = []
+    why_not = ""
+    try:
+        calls.append(_training_step(trainer, module))
+    except _Unwise as reason:
+        why_not = str(reason)
+    except Exception as error:  # data are any code
+        why_not = f"no batch could be made: {type(error).__name__}: {error}"
+    if module.example_input_array is not None:
+        calls.append(partial(_forward, trainer, module))
+    return Look(module, calls, [trainer], why_not)
+
+
+class _Unwise(Exception):
+    """The training step cannot be called without consequences; the message says why."""
 
 
 def _forward(trainer: Trainer, module: LightningModule) -> object:
@@ -35,16 +46,14 @@ def _forward(trainer: Trainer, module: LightningModule) -> object:
         return call_with(module, example)
 
 
-def _training_step(trainer: Trainer, module: LightningModule) -> Trace:
+def _training_step(trainer: Trainer, module: LightningModule) -> Callable[[], object]:
+    """What calls the training step with the first batch."""
     if not module.automatic_optimization:
-        return Trace(why_not="with manual optimization the training step trains, and there is no example_input_array")
+        raise _Unwise("with manual optimization the training step trains, and there is no example_input_array")
     names = list(inspect.signature(module.training_step).parameters)
     if "dataloader_iter" in names:
-        return Trace(why_not="the training step takes batches from the loader itself")
-    try:
-        batch = _first_batch(_lightning.train_dataloader(trainer))
-    except Exception as error:  # data are any code
-        return Trace(why_not=f"no batch could be made: {type(error).__name__}: {error}")
+        raise _Unwise("the training step takes batches from the loader itself")
+    batch = _first_batch(_lightning.train_dataloader(trainer))
 
     def call() -> object:
         for silenced in ("log", "log_dict"):  # there is no loop yet that would take it
@@ -53,7 +62,7 @@ def _training_step(trainer: Trainer, module: LightningModule) -> Trace:
             moved = _lightning.on_device(trainer, module, batch)
             return module.training_step(*([moved, 0] if len(names) > 1 else [moved]))
 
-    return trace_call(module, call, outside=[trainer])
+    return call
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:

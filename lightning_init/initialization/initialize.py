@@ -18,6 +18,7 @@ from lightning_init.checks import check_integer
 from lightning_init.distributed.ranks import is_first_rank
 from lightning_init.findings import Finding
 from lightning_init.initialization.advice import mostly_unknown
+from lightning_init.initialization.calibration import Calibration
 from lightning_init.initialization.copies import Copies, find_copies, merge_sources, refresh
 from lightning_init.initialization.draw import DrawTask, Expected, Measured, make_tasks
 from lightning_init.initialization.evidence import SIGMAS, remember_author
@@ -29,7 +30,8 @@ from lightning_init.initialization.guard import (
     refuse_trained,
     refuse_uninitialised,
 )
-from lightning_init.initialization.notes import notes_on_gains, notes_on_parts
+from lightning_init.initialization.notes import note_on_calibration, notes_on_gains, notes_on_parts
+from lightning_init.initialization.one_pass import agreed_factors, measured_factors, scale_weights, targets
 from lightning_init.initialization.plan import Assignment, decide
 from lightning_init.initialization.reasons import Reason
 from lightning_init.initialization.report import Entry, InitReport
@@ -49,7 +51,7 @@ from lightning_init.initialization.verify import agree, gather_or_raise
 from lightning_init.initialization.whole_model import heads_among
 from lightning_init.initialization.write import summon_fsdp1_parameters, write_all
 from lightning_init.introspect.module_order import trace_of_order
-from lightning_init.introspect.probe import call_with, trace_call
+from lightning_init.introspect.probe import Look, call_with
 from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.scheme import Scheme
 
@@ -75,6 +77,7 @@ def initialize(
     strict: bool = False,
     seed: int | None = None,
     batch: object = None,
+    calibrate: bool | Calibration = False,
 ) -> InitReport:
     """Draw new weights for a model, in place: the same seed gives the same weights on any number of devices.
 
@@ -97,12 +100,15 @@ def initialize(
         batch: what the model is called with (a tuple: its arguments; a dictionary: its keyword arguments), to find what
             feeds each weight: where nothing nonlinear does, the gain is 1. Nothing is left behind. None: only
             ``nn.Sequential`` shows what feeds what.
+        calibrate: scale the weights in one more call with ``batch``, so that what comes out of every layer has its
+            target variance: True, the one that fits the depth, or a :class:`Calibration`.
 
     Returns:
         What was done to every parameter, with target and measured standard deviation.
 
     Raises:
-        ValueError: an unknown name, a rule that matches nothing, a parameter on the meta device.
+        ValueError: an unknown name, a rule that matches nothing, a parameter on the meta device, ``calibrate`` without
+            a batch.
         TypeError: an argument of the wrong type.
         RuntimeError: ranks disagree; names the first parameter that differs.
 
@@ -111,7 +117,9 @@ def initialize(
     >>> abs(layer.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.02
     True
     """
-    request = Request.of(scheme, rules, activation, bias, head, strict)
+    request = Request.of(scheme, rules, activation, bias, head, strict, calibrate)
+    if request.calibration and batch is None:
+        raise ValueError("calibrate measures what comes out of the layers: give a batch to call the model with")
     return carry_out(model, request, agreed_seed() if seed is None else seed, look=_look_at(model, batch))
 
 
@@ -134,20 +142,34 @@ def plan(
     request = Request.of(scheme, rules, activation, bias, head, strict)
     candidates = with_empty_memory_marked(survey(model, request))
     signs = signs_of_training(candidates, model) if is_doubtful(candidates) else []
-    return decide(candidates, request, was_trained=bool(signs), trace=_trace(model, request, _look_at(model, batch)))
+    seen = _see(model, request, _look_at(model, batch))
+    return decide(candidates, request, was_trained=bool(signs), trace=seen.trace)
 
 
-def _look_at(model: nn.Module, batch: object) -> Callable[[], Trace] | None:
-    """What traces a call with a batch; None without one."""
-    return None if batch is None else functools.partial(trace_call, model, functools.partial(call_with, model, batch))
+def _look_at(model: nn.Module, batch: object) -> Callable[[], Look] | None:
+    """How to call the model with a batch; None without one."""
+    return None if batch is None else functools.partial(Look, model, [functools.partial(call_with, model, batch)])
 
 
-def _trace(model: nn.Module, request: Request, look: Callable[[], Trace] | None) -> Trace:
+def _nothing() -> None:
+    """In place of another call, where there is no way to call."""
+
+
+class _Seen(NamedTuple):
+    """What one call has shown, and the way to call once more."""
+
+    trace: Trace
+    again: Callable[[], None] = _nothing
+
+
+def _see(model: nn.Module, request: Request, make_look: Callable[[], Look] | None) -> _Seen:
     """What feeds the weights, where that matters: by one call, or else by the order of modules."""
     if not request.asks_for_trace:
-        return Trace()
-    called = look() if look is not None else Trace()
-    return called.or_else(trace_of_order(model))
+        return _Seen(Trace())
+    if make_look is None:
+        return _Seen(Trace().or_else(trace_of_order(model)))
+    look = make_look()
+    return _Seen(look.trace().or_else(trace_of_order(model)), look.again)
 
 
 def carry_out(
@@ -159,7 +181,7 @@ def carry_out(
     from_meta: bool = False,
     why_settled: WhySettled = nothing_is_settled,
     holders: Mapping[str, object] = MappingProxyType({}),
-    look: Callable[[], Trace] | None = None,
+    look: Callable[[], Look] | None = None,
 ) -> InitReport:
     """Plan, guard, draw and write, compare between ranks, report.
 
@@ -171,7 +193,7 @@ def carry_out(
         from_meta: the model was on the meta device; nothing is read from its memory, and none of it may stay as it is.
         why_settled: says of a parameter why it has its weights already; "" if it has not.
         holders: what else may have copied weights, by what it is called: they get the new ones.
-        look: finds out what feeds the weights; None: by the order of modules only.
+        look: gives the ways to call the model, to see what feeds the weights; None: by the order of modules only.
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`initialize`, on all ranks before any has written.
@@ -179,18 +201,15 @@ def carry_out(
     check_model(model)
     check_integer("seed", seed)
     seed = int(seed)
-    trace, look_failure = _attempt(functools.partial(_trace, model, request, look), Trace())
+    seen, look_failure = _attempt(functools.partial(_see, model, request, look), _Seen(Trace()))
+    trace = seen.trace
     with summon_fsdp1_parameters(model):
         candidates, failure = _attempt(
             functools.partial(survey, model, request, is_uninitialised=from_meta, why_settled=why_settled),
             _NO_CANDIDATES,
         )
         candidates, trace = _agreed(candidates, trace, look_failure or failure)
-        past = _Past([], frozenset(), {}, is_body_trained=False)
-        if not from_meta:
-            asks_for_signs = trained != "overwrite" or is_doubtful(candidates)
-            ask = functools.partial(_Past.of, model, candidates, asks_for_signs, trained == "keep")
-            past = _Past.agreed(*_attempt(ask, past))
+        past = _Past.asked(model, candidates, trained) if not from_meta else _NO_PAST
         if trained == "refuse":
             refuse_trained(past.signs)
         prepare = functools.partial(_prepare, candidates, request, seed, past, trained == "keep", from_meta, trace)
@@ -201,12 +220,16 @@ def carry_out(
         measured, failure = _attempt(functools.partial(write_all, prepared.tasks), _NOTHING)
         totals = agree([task.assignment.name for task in prepared.tasks], measured, failure)
         _remember_authors(candidates)
+        factors = _calibrate(prepared.plan, request, seen)
         drawn = {
             task.assignment.name: (task.expected(), total) for task, total in zip(prepared.tasks, totals, strict=True)
         }
         notes = refresh(copies, {site.stored_fqn: site.parameter for site in to_draw})
-        entries = tuple(_entry(assignment, *drawn.get(assignment.name, (None, None))) for assignment in prepared.plan)
+        entries = tuple(
+            _scaled(_entry(one, *drawn.get(one.name, (None, None))), factors.get(one.name)) for one in prepared.plan
+        )
     notes = [
+        *([] if request.calibration is None else [note_on_calibration(factors, trace)]),
         *notes_on_gains(trace, prepared.plan, heads_among(candidates, trace), is_gain_traced=request.is_gain_traced),
         *notes_on_parts(prepared.plan),
         *notes_on_twins(prepared.plan, past.twins),
@@ -216,6 +239,31 @@ def carry_out(
     report = InitReport(request.text, seed, entries, tuple(notes))
     _refuse_absurd(report)
     return report
+
+
+def _calibrate(plan: Sequence[Assignment], request: Request, seen: _Seen) -> dict[str, float]:
+    """Scale the new weights on real data, if that was asked for; by name, the factors, the same on all ranks."""
+    if request.calibration is None:
+        return {}
+    wanted = targets(plan, seen.trace, request.calibration)
+    nothing: dict[str, float] = {}
+    measured, failure = _attempt(functools.partial(measured_factors, plan, wanted, seen.again), nothing)
+    factors = agreed_factors(gather_or_raise(measured, failure))
+    scale_weights(plan, factors)
+    return factors
+
+
+def _scaled(entry: Entry, factor: float | None) -> Entry:
+    """The report's line on a parameter that was calibrated."""
+    if factor is None or entry.target_std is None or entry.measured_std is None:
+        return entry
+    return dataclasses.replace(
+        entry,
+        gain=None if entry.gain is None else entry.gain * factor,
+        target_std=entry.target_std * factor,
+        measured_std=entry.measured_std * factor,
+        tolerance=entry.tolerance * factor,
+    )
 
 
 def _warn_if_mostly_unknown(plan: Sequence[Assignment]) -> None:
@@ -289,6 +337,13 @@ class _Past(NamedTuple):
         return cls(signs_of_training(others, model) if asks_for_signs else [], fresh, twins, is_body_trained)
 
     @classmethod
+    def asked(cls, model: nn.Module, candidates: Sequence[Candidate], trained: Trained) -> _Past:
+        """As far as ``trained`` makes it matter, as all ranks see it."""
+        asks_for_signs = trained != "overwrite" or is_doubtful(candidates)
+        ask = functools.partial(cls.of, model, candidates, asks_for_signs, trained == "keep")
+        return cls.agreed(*_attempt(ask, _NO_PAST))
+
+    @classmethod
     def agreed(cls, mine: _Past, failure: Exception | None) -> _Past:
         """As the shards of all ranks show it together."""
         ranks = gather_or_raise(mine, failure)
@@ -299,6 +354,9 @@ class _Past(NamedTuple):
             twins,
             any(one.is_body_trained for one in ranks),
         )
+
+
+_NO_PAST = _Past([], frozenset(), {}, is_body_trained=False)
 
 
 class _Prepared(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lightning_init.initialization.choice import BESIDE_TABLE
@@ -54,6 +54,14 @@ def _traced_gains(trace: Trace, drawn: Iterable[Assignment]) -> list[str]:
     return notes + (
         [f"what feeds them was not found, so the gain is the scheme's own: {listed(unknown)}"] * bool(unknown)
     )
+
+
+def note_on_calibration(factors: Mapping[str, float], trace: Trace) -> str:
+    """How far weights were scaled on real data, or why none was."""
+    if not factors:
+        return f"calibrated nothing: {trace.why_not or 'no layer is left that the scheme decides on'}"
+    least, most = min(factors.values()), max(factors.values())
+    return f"calibrated on one batch, by factors of {least:.3g} to {most:.3g}: {listed(list(factors))}"
 
 
 def notes_on_parts(plan: Sequence[Assignment]) -> list[str]:

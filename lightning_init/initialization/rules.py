@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from lightning_init.checks import check_choice, check_finite, check_positive, nearest_names
+from lightning_init.initialization.calibration import Calibration
 from lightning_init.schemes.gains import gain_of
 from lightning_init.schemes.named import SCHEMES, Auto, name_of, scheme_of
 from lightning_init.schemes.scheme import Scheme
@@ -91,6 +92,7 @@ class Request:
         head: for the weights that give the model's outputs; None: as for all others.
         is_strict: parameters of module types that are not known are an error.
         is_gain_traced: the gain of each weight is that of what feeds it, where a trace has found it.
+        calibration: what weights are scaled to on real data, once drawn; None: they are not.
         text: the scheme in words for the report, such as ``he_normal for gelu``.
     """
 
@@ -101,6 +103,7 @@ class Request:
     head: Scheme | None = None
     is_strict: bool = False
     is_gain_traced: bool = False
+    calibration: Calibration | None = None
     text: str = field(default="", compare=False)
 
     @classmethod
@@ -112,6 +115,7 @@ class Request:
         bias: float | None = None,
         head: str | Scheme | None = None,
         strict: bool = False,
+        calibrate: bool | Calibration = False,
     ) -> Request:
         """Check a user's arguments and turn them into a request.
 
@@ -123,6 +127,7 @@ class Request:
             bias: as in :class:`Request`.
             head: a name of :data:`SCHEMES` or a scheme object.
             strict: as ``is_strict`` in :class:`Request`.
+            calibrate: as ``calibration`` in :class:`Request`; True: to the variance that fits the depth.
 
         Raises:
             ValueError: an unknown scheme or activation, an activation for a scheme without a gain, a bias that is not
@@ -141,7 +146,9 @@ class Request:
             " for what feeds each weight" if activation == AUTO else f" for {activation}" * bool(activation)
         )
         heads = None if head is None else scheme_of(head)
-        return cls(chosen, _checked(rules), gain, bias, heads, strict, is_traced, text)
+        calibration = calibrate if isinstance(calibrate, Calibration) else Calibration() if calibrate else None
+        text += ", calibrated" if calibration else ""
+        return cls(chosen, _checked(rules), gain, bias, heads, strict, is_traced, calibration, text)
 
     @property
     def asks_for_trace(self) -> bool:

@@ -124,8 +124,8 @@ def _at_authors_scale(candidates: Sequence[Candidate], request: Request, trace: 
 
     - What a constant enlarges before something nonlinear reads it, as in sin(30·Wx): no formula knows of the constant.
     - An output layer outside of the usual gains: nothing behind it needs a variance.
-    - For ``torch_default``, whatever was not left at PyTorch's default, nor given one number for layers of all sizes; for
-      ``auto``, also what was.
+    - For ``torch_default``, whatever was not left at PyTorch's default, nor given one number for layers of all sizes;
+      for ``auto``, also what was.
     """
     if request.scheme.fills == "any parameter":
         return frozenset()

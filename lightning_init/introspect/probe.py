@@ -10,6 +10,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,41 @@ def trace(model: nn.Module, batch: object) -> Trace:
         The trace; if the call failed, an empty one whose ``why_not`` says why.
     """
     return trace_call(model, lambda: call_with(model, batch))
+
+
+@dataclass
+class Look:
+    """Ways to call a model on real data, which leave nothing behind.
+
+    Attributes:
+        model: what is called.
+        calls: each calls it; the first that can be traced is the one that is used.
+        outside: objects that the model leads to and that are nobody's state, such as the Trainer.
+        why_not: why there are none, or others than one would expect.
+    """
+
+    model: nn.Module
+    calls: Sequence[Callable[[], object]]
+    outside: Sequence[object] = ()
+    why_not: str = ""
+    _used: Callable[[], object] | None = None
+
+    def trace(self) -> Trace:
+        """What feeds each weight."""
+        found = Trace(why_not=self.why_not)
+        for call in self.calls:
+            traced = trace_call(self.model, call, outside=self.outside)
+            found = traced.or_else(found) if found.why_not else traced
+            if traced.uses:
+                self._used = call
+                break
+        return found
+
+    def again(self) -> None:
+        """Call the model once more, as it was traced; nothing happens if it could not be."""
+        if self._used is not None:
+            with nothing_left_behind(self.model, self.outside):
+                self._used()
 
 
 def trace_call(model: nn.Module, call: Callable[[], object], *, outside: Sequence[object] = ()) -> Trace:

@@ -54,6 +54,8 @@ class Use:
         functions: what is nonlinear in it, by PyTorch's names of operations: ``("gelu",)``.
         is_output: nothing that comes out of it goes into another product with a weight: a head.
         destination: what it is added to, and whether a constant enlarges it.
+        follows: the parameters of the products that feed it, if nothing else does: no normalisation, no sum.
+        is_normalized: all that comes out of it goes into normalisations.
     """
 
     parameters: frozenset[str]
@@ -62,6 +64,8 @@ class Use:
     gain: float | None = None
     functions: tuple[str, ...] = ()
     destination: Destination = field(default_factory=Destination)
+    follows: frozenset[str] = frozenset()
+    is_normalized: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,34 @@ class Trace:
                 destinations.setdefault(name, []).append(use.destination)
         return destinations
 
+    def is_normalized(self, name: str) -> bool:
+        """Whether all that comes out of a weight goes into normalisations, which make its scale meaningless."""
+        of_weight = [use.is_normalized for use in self.uses if name in use.parameters]
+        return bool(of_weight) and all(of_weight)
+
+    def functions_behind(self, name: str) -> tuple[str, ...]:
+        """What is nonlinear between a weight's output and the weights that it feeds."""
+        return tuple(dict.fromkeys(one for use in self.uses if name in use.follows for one in use.functions))
+
+    def depth_of(self, name: str) -> int:
+        """How many weights the longest chain through this one has: each feeds the next, and nothing else does."""
+        before, after = self._depths
+        return before.get(name, 1) + after.get(name, 1) - 1
+
+    @functools.cached_property
+    def _depths(self) -> tuple[dict[str, int], dict[str, int]]:
+        """By parameter, the lengths of the longest chain that ends with it, and of the longest that begins with it."""
+        before: dict[str, int] = {}
+        for use in self.uses:
+            length = 1 + max((before.get(one, 0) for one in use.follows - use.parameters), default=0)
+            before.update({name: max(length, before.get(name, 0)) for name in use.parameters})
+        after: dict[str, int] = {}
+        for use in reversed(self.uses):
+            length = max((after.get(name, 1) for name in use.parameters), default=1)
+            after.update({name: max(length, after.get(name, 0)) for name in use.parameters})
+            after.update({one: max(length + 1, after.get(one, 0)) for one in use.follows - use.parameters})
+        return before, after
+
     def or_else(self, other: Trace) -> Trace:
         """This trace, or what another knows where this one has nothing; it still says why it has nothing."""
         return self if self.uses else Trace(other.uses, self.why_not)
@@ -187,12 +219,22 @@ def trace_of(operations: Sequence[Operation]) -> Trace:
     leads_on = _ancestors(product.signal for product in products)
     walk = _Walk({id(product.operation) for product in products})
     found = destinations(operations, [product.operation for product in products], _KINDS)
+    weights = {id(product.operation): product.weight.parameters for product in products}
+    readers = _readers(operations)
     uses = []
     for product, destination in zip(products, found, strict=True):
         function = walk.function_behind(product.signal)
-        is_output = not any(output in leads_on for output in product.operation.outputs)
         uses.append(
-            Use(product.weight.parameters, function.feed, is_output, function.gain, function.names, destination)
+            Use(
+                product.weight.parameters,
+                function.feed,
+                not any(output in leads_on for output in product.operation.outputs),
+                function.gain,
+                function.names,
+                destination,
+                walk.products_behind(product.signal, weights),
+                _is_normalized(product.operation, readers),
+            )
         )
     return Trace(tuple(uses))
 
@@ -213,6 +255,35 @@ def _product(operation: Operation) -> _Product | None:
     signals = [one for one in matrices if one.is_data]
     weights = [one for one in matrices if not one.is_data and one.parameters]
     return _Product(operation, signals[-1], weights[-1]) if signals and weights else None
+
+
+def _readers(operations: Sequence[Operation]) -> dict[Value, list[Operation]]:
+    """The operations that read each value of data."""
+    readers: dict[Value, list[Operation]] = {}
+    for operation in operations:
+        for value in operation.inputs:
+            if value.is_data:
+                readers.setdefault(value, []).append(operation)
+    return readers
+
+
+def _is_normalized(product: Operation, readers: Mapping[Value, Sequence[Operation]]) -> bool:
+    """Whether all that comes out of a product goes into normalisations, by way of nothing but views and biases."""
+    waiting, is_read = list(product.outputs), False
+    seen: set[Value] = set()
+    while waiting:
+        value = waiting.pop()
+        if value in seen or len(seen) > MOST_BETWEEN:
+            continue
+        seen.add(value)
+        for operation in readers.get(value, ()):
+            if operation.name in NORMALIZATIONS:
+                is_read = True
+            elif operation.name in LINEAR | SUMS and sum(one.is_data for one in operation.inputs) == 1:
+                waiting += operation.outputs
+            else:
+                return False
+    return is_read
 
 
 def _ancestors(values: Iterable[Value]) -> set[Value]:
@@ -248,6 +319,17 @@ class _Walk:
         if value not in self._found:
             self._found[value] = self._function_behind(value)
         return self._found[value]
+
+    def products_behind(self, value: Value, weights: Mapping[int, frozenset[str]]) -> frozenset[str]:
+        """The parameters of the products that a value's signal comes from; none where it comes from something else too.
+
+        Args:
+            value: what is fed.
+            weights: parameters by the identity of their product.
+        """
+        origins = self._origins_of(value)
+        found = [weights.get(id(origin.operation)) for origin in origins]
+        return frozenset().union(*(one for one in found if one)) if origins and all(found) else frozenset()
 
     def _function_behind(self, value: Value) -> _Function:
         origins = self._origins_of(value)

@@ -178,7 +178,7 @@ def whole_model(strategy: str, scheme: Any) -> tuple[Weights, dict[str, str | No
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")  # nothing in-place
 @pytest.mark.filterwarnings("ignore:only .* of the weights:UserWarning")
-@pytest.mark.parametrize("scheme", ["he_normal", "torch_default"])
+@pytest.mark.parametrize("scheme", ["he_normal", "torch_default", "auto"])
 @pytest.mark.parametrize(("strategy", "world_size"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 3)])
 def test_scales_that_the_whole_model_tells_are_agreed_by_all_ranks(strategy: str, world_size: int, scheme: str) -> None:
     expected, decided_by = whole_model("single", scheme)
@@ -190,13 +190,40 @@ def test_scales_that_the_whole_model_tells_are_agreed_by_all_ranks(strategy: str
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
-@pytest.mark.parametrize("scheme", ["torch_default"])
+@pytest.mark.parametrize("scheme", ["torch_default", "auto"])
 def test_whole_model_from_meta_has_the_same_weights_on_any_number_of_ranks(scheme: str) -> None:
     """Its author's draws are lost on the meta device: what each module's own reset says is left."""
     (expected, decided_by), *_ = run_ranks(whole_model, 1, "fsdp2 meta", scheme)
     for weights, theirs in run_ranks(whole_model, 2, "fsdp2 meta", scheme):
         assert theirs == decided_by
         assert_same(weights, expected)
+
+
+def calibrated(strategy: str) -> tuple[Weights, Weights]:
+    """The weights with and without calibration."""
+    module, trainer = {
+        "ddp": (DigitsModule, make_ddp_trainer),
+        "fsdp2": (ShardedModule, make_fsdp2_trainer),
+        "fsdp2 meta": (partial(ShardedModule, device="meta"), make_fsdp2_trainer),
+    }[strategy]
+    found = []
+    for calibrate in (True, False):
+        torch.manual_seed(dist.get_rank())
+        callback = InitCallback("auto", seed=SEED, calibrate=calibrate)
+        found.append(weights_at_start(module(partial(mlp, 32, 8)), callback, trainer))
+        assert callback.report is not None
+        callback.report.check()
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "fsdp2 meta"])
+def test_calibrated_weights_are_the_same_bits_on_all_ranks(strategy: str) -> None:
+    """Each rank measures a batch of its own; what they write is one weight."""
+    (first, plain), *others = run_ranks(calibrated, 2, strategy)
+    for other, _ in others:
+        assert_same(other, first)
+    ratios = [float((first[name] / plain[name]).median()) for name in first if name.endswith("weight")]
+    assert sum(abs(ratio - 1) > 0.01 for ratio in ratios) > 4
 
 
 def test_signs_of_one_ranks_shard_count_for_all() -> None:

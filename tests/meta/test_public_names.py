@@ -19,7 +19,7 @@ PUBLIC_NAMES = frozenset(
     {
         *("InitCallback", "ActivationVarianceMonitor", "InitCLI"),
         *("initialize", "plan", "Assignment", "Rule", "InitReport", "Entry"),
-        *("observe", "LayerStats", "Histogram", "StatName", "trace", "Trace"),
+        *("observe", "LayerStats", "Histogram", "StatName", "trace", "Trace", "Calibration"),
         *("fans_of", "Fans", "gain_of", "register", "Role"),
         *(
             "SCHEMES",
