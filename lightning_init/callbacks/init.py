@@ -62,7 +62,7 @@ class InitCallback(Callback):
 
     def __init__(
         self,
-        scheme: SchemeName | Scheme = "he_normal",
+        scheme: SchemeName | Scheme = "auto",
         rules: list[Rule] | None = None,
         activation: str | None = None,
         bias: float | None = None,

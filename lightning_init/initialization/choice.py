@@ -35,8 +35,16 @@ def choose(candidate: Candidate, request: Request, model: WholeModel) -> tuple[S
     if role.kind == "weight":
         return _for_weight(candidate, role, request, model)
     if role.kind == "bias":
+        if request.bias is None and rule is None and _weight_beside(candidate) in model.at_default:
+            scheme = TorchDefault()
         return _bias(scheme, request.bias), "bias", 1.0
     return role.default, role.kind, 1.0
+
+
+def _weight_beside(candidate: Candidate) -> str:
+    """The name of the weight that a bias belongs to: ``bias_hh_l0``'s is ``weight_hh_l0``."""
+    owner, _, attribute = candidate.site.stored_fqn.rpartition(".")
+    return f"{owner}.{attribute.replace('bias', 'weight')}".lstrip(".")
 
 
 def _as_named(candidate: Candidate, rule: Rule, scheme: Scheme) -> tuple[Scheme, str, float]:
@@ -61,9 +69,11 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
         return request.head, "head", request.head.gain
     if rule is None and name in model.at_authors_scale:
         return drawn_again(role, candidate.authors_scale), AUTHORS_SCALE, 1.0
-    if rule is None and isinstance(request.scheme, Auto):
+    if rule is None and isinstance(request.scheme, Auto) and name not in model.at_default:
         return _auto(name, request.scheme, model)
     scheme, by = (scheme_of(rule.scheme), rule.pattern) if rule else (request.scheme, "scheme")
+    if rule is None and name in model.at_default:
+        scheme, by = TorchDefault(), "scheme"
     gain = scheme.gain if rule else _gain(scheme, request)
     if scheme.takes_gain and model.trace.feed_of(name) == "linear":
         gain = 1.0
@@ -79,9 +89,7 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
 
 
 def _auto(name: str, scheme: Auto, model: WholeModel) -> tuple[Scheme, str, float]:
-    """What a weight at its module's default gets: the gain of what feeds it, and its share of a sum."""
-    if name in model.heads:
-        return TorchDefault(), "output", 1.0
+    """What a weight in a deep chain gets: the gain of what feeds it, and its share of a sum."""
     traced = model.trace.gain_of(name)
     gain = scheme.gain if traced is None else traced
     factor = model.beside_tables.get(name)

@@ -21,6 +21,10 @@ from lightning_init.schemes.variance_scaling import Siren
 AUTHORS_SCALE = "author's scale"
 """What decided about a parameter that is drawn again at the scale it had."""
 
+DEEP = 6
+"""Weights in a chain without normalisation from which on their gains matter: there PyTorch's own draw, whose gain is
+1/√3, leaves a thousandth of the standard deviation behind ReLUs."""
+
 SMALL_TABLE = 0.5
 """Std below which what is added to a lookup table, at a scheme's scale of about 1, would drown it."""
 
@@ -36,6 +40,7 @@ class WholeModel(NamedTuple):
         class_names: what to call the classes of its modules.
         at_authors_scale: names, see :func:`_at_authors_scale`.
         beside_tables: factors by name, see :func:`_beside_tables`.
+        at_default: names, see :func:`_at_default`.
     """
 
     tied_widths: set[int]
@@ -45,6 +50,7 @@ class WholeModel(NamedTuple):
     class_names: Mapping[type, str]
     at_authors_scale: frozenset[str]
     beside_tables: Mapping[str, float]
+    at_default: frozenset[str]
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate], request: Request, trace: Trace) -> WholeModel:
@@ -65,6 +71,7 @@ class WholeModel(NamedTuple):
             class_names(candidate.site for candidate in candidates),
             _at_authors_scale(candidates, request, trace),
             _beside_tables(candidates, request, trace, tied_widths),
+            _at_default(candidates, request, trace),
         )
 
 
@@ -145,6 +152,20 @@ def _at_authors_scale(candidates: Sequence[Candidate], request: Request, trace: 
         if is_enlarged or is_unusual_head or (is_default_asked and is_chosen):
             names.append(name)
     return frozenset(names)
+
+
+def _at_default(candidates: Iterable[Candidate], request: Request, trace: Trace) -> frozenset[str]:
+    """Names of the weights that ``auto`` draws as their module does, because nothing would be gained.
+
+    A gain that is right for one layer matters where layers follow each other: in a chain of :data:`DEEP` and more that
+    no normalisation interrupts, PyTorch's own draw lets the signal die. Elsewhere it is what a model was tried with.
+    """
+    if not isinstance(request.scheme, Auto) or not trace.is_of_call or not trace.uses:
+        return frozenset()
+    names = (one.site.stored_fqn for one in candidates if one.role is not None and one.role.kind == "weight")
+    return frozenset(
+        name for name in names if name in trace.heads or trace.is_normalized(name) or trace.depth_of(name) < DEEP
+    )
 
 
 def _beside_tables(

@@ -44,7 +44,7 @@ def trace_of_order(model: nn.Module) -> Trace:
                 weight = clean_name(model, f"{name}.weight")
                 feed: Feed = "linear" if is_linear else "unknown"
                 uses.append(Use(frozenset({weight}), feed, one is last and not path, 1.0 if is_linear else None))
-    return Trace(tuple(uses))
+    return Trace(tuple(uses), is_of_call=False)
 
 
 def _flattened(path: str, sequence: nn.Sequential) -> Iterator[tuple[str, nn.Module]]:

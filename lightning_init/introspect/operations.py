@@ -72,6 +72,7 @@ class Value:
         operation: what gave it; None for parameters, data and constants.
         parameters: full names of the parameters that it was made of.
         is_data: whether it depends on the model's input.
+        kept: a copy of what a parameter of one dimension held.
         number: greater than those of all values before.
     """
 
@@ -79,6 +80,7 @@ class Value:
     operation: Operation | None = None
     parameters: frozenset[str] = frozenset()
     is_data: bool = False
+    kept: Tensor | None = None
     number: int = field(default_factory=itertools.count().__next__)
 
     @property
@@ -136,8 +138,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 # What FSDP2 has gathered came from somewhere: it is the parameter all the same. Vectors, such as slopes
                 # of activations and scales of norms, are copied: FSDP2 frees them, and a replay needs what they hold.
                 is_vector = parameter.ndim <= 1 and has_memory(parameter) and not isinstance(parameter, DTensor)
-                held = parameter.detach().clone() if is_vector and not parameter.is_meta else parameter
-                self._values[_view(parameter)] = Value(held, parameters=known | names)
+                kept = parameter.detach().clone() if is_vector and not parameter.is_meta else None
+                self._values[_view(parameter)] = Value(parameter, parameters=known | names, kept=kept)
 
     def __torch_dispatch__(
         self,
@@ -239,8 +241,8 @@ def _is_of_vectors(value: Value, depth: int = 8) -> bool:
 
 def _is_plausible_vector(value: Value) -> bool:
     """Whether a value is a parameter of one dimension that holds numbers one could have written."""
-    tensor = value.tensor
-    if tensor.ndim > 1 or isinstance(tensor, DTensor) or tensor.is_meta or not has_memory(tensor):
+    tensor = value.kept
+    if tensor is None:
         return False
     return bool(tensor.isfinite().all()) and bool((tensor.abs() < 1e3).all())
 
@@ -272,7 +274,8 @@ def replay(value: Value, given: Mapping[Value, Tensor], limit: int) -> dict[Valu
         if one not in computed:
             if not one.parameters and (isinstance(one.tensor, DTensor) or not has_memory(one.tensor)):
                 raise RuntimeError("a rank holds only a part of it, or nothing any more")
-            computed[one] = normal_like(one) if one.parameters and not _is_plausible_vector(one) else one.tensor
+            held = one.tensor if one.kept is None else one.kept
+            computed[one] = normal_like(one) if one.parameters and not _is_plausible_vector(one) else held
         return computed[one].clone()  # operations may work in place
 
     def compute(operation: Operation) -> None:

@@ -75,10 +75,12 @@ class Trace:
     Attributes:
         uses: every product with a weight, in order of execution.
         why_not: why there are none, where the call failed.
+        is_of_call: whether the model was called; False of what its order of modules shows.
     """
 
     uses: tuple[Use, ...] = ()
     why_not: str = ""
+    is_of_call: bool = True
 
     def feed_of(self, name: str) -> Feed:
         """What feeds a parameter: where it is used several times, the least linear of them."""
@@ -201,7 +203,7 @@ class Trace:
 
     def or_else(self, other: Trace) -> Trace:
         """This trace, or what another knows where this one has nothing; it still says why it has nothing."""
-        return self if self.uses else Trace(other.uses, self.why_not)
+        return self if self.uses else Trace(other.uses, self.why_not, other.is_of_call)
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -36,9 +36,10 @@ class TorchDefault(Scheme):
 class Auto(Scheme):
     """What each weight needs for its place in the model, found by looking at it with one batch.
 
-    N(0, gain² / fan_in), where the gain is that of what feeds the weight, 1/√E[f(z)²], whatever function that is,
-    divided by √N where N products are added up. Output layers keep PyTorch's draw, and what an author drew at a scale
-    of his own is drawn again at it. Where nothing can be seen, the gain is √2, as ``he_normal`` has it.
+    In chains of six and more weights without normalisation: N(0, gain² / fan_in), where the gain is that of what feeds
+    the weight, 1/√E[f(z)²], whatever function that is, divided by √N where N products are added up. Elsewhere, and for
+    output layers, PyTorch's own draw; and what an author drew at a scale of his own is drawn again at it. Where nothing
+    can be seen, the gain is √2, as ``he_normal`` has it.
     """
 
     @property

@@ -100,7 +100,7 @@ def test_blocks_and_flags(flags: list[str], blocks: dict[str, Any], scheme: str 
 @with_monitor
 def test_flags_without_a_value_stand_for_the_defaults() -> None:
     cli = fit("--init", "--monitor")
-    assert scheme_of(cli) == "he_normal"
+    assert scheme_of(cli) == "auto"
     assert any(isinstance(callback, ActivationVarianceMonitor) for callback in cli.trainer.callbacks)
 
 
@@ -168,7 +168,7 @@ WRONG = [
         ["--init.shceme=zeros"],
         {},
         "init: InitCallback has no argument 'shceme', only scheme, rules, activation, bias, seed, when, trained, head, "
-        "strict; did you mean 'scheme'?",
+        "strict, calibrate; did you mean 'scheme'?",
     ),
     (
         [],

@@ -310,7 +310,7 @@ def test_guard_is_off_when_trained_weights_are_to_be_overwritten(tmp_path: Path)
     model = Pretrained(lambda: loaded(fresh(mlp, 1), state), new_head=True)
     expected = copy.deepcopy(model)
     initialize(expected, seed=3, batch=digits()[0][:32])
-    assert_same(weights_at_start(model, InitCallback(seed=3, trained="overwrite")), weights_of(expected))
+    assert_same(weights_at_start(model, InitCallback("he_normal", seed=3, trained="overwrite")), weights_of(expected))
 
 
 def test_guard_keeps_all_where_the_root_owns_a_trained_weight(monkeypatch: pytest.MonkeyPatch) -> None:

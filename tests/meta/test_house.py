@@ -137,6 +137,7 @@ OTHERS_PRIVATE_NAMES: dict[str, dict[str, str]] = {
         "_forward_module": "where it keeps what it wraps",
         "_original_module": "the same",
     },
+    "initialization/one_pass.py": {"_ConvNd": "the base of all convolutions"},
     "introspect/module_order.py": {
         "_AdaptiveAvgPoolNd": "the base of modules that let every signal pass, as the other three",
         "_AvgPoolNd": "the same",

@@ -116,7 +116,7 @@ def drawn(name: str, layer: str) -> Tensor:
 
 
 def test_scheme_names_are_all_in_a_table() -> None:
-    assert set(PAPERS) | STRUCTURED | {"torch_default"} == set(SCHEMES)
+    assert set(PAPERS) | STRUCTURED | {"torch_default", "auto"} == set(SCHEMES)
 
 
 def test_scheme_name_literal_has_the_names_of_the_mapping_in_order() -> None:
@@ -262,7 +262,7 @@ def test_name_of_inverts_scheme_of() -> None:
 )
 def test_unknown_scheme_error_names_the_nearest(given: str, nearest: str | None) -> None:
     end = rf"; did you mean '{nearest}'\?$" if nearest else ""
-    with pytest.raises(ValueError, match=rf"^scheme is '{given}'; allowed: zeros, ones, .*, torch_default{end}"):
+    with pytest.raises(ValueError, match=rf"^scheme is '{given}'; allowed: zeros, ones, .*, torch_default, auto{end}"):
         scheme_of(given)
 
 
