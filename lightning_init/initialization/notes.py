@@ -9,6 +9,7 @@ from dataclasses import replace
 from lightning_init.initialization.choice import BESIDE_TABLE
 from lightning_init.initialization.plan import Assignment
 from lightning_init.initialization.report import listed
+from lightning_init.initialization.rules import AUTO
 from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.distributions import Distribution
 from lightning_init.schemes.named import SCHEMES
@@ -41,19 +42,21 @@ def notes_on_gains(
 
 
 def _traced_gains(trace: Trace, drawn: Iterable[Assignment]) -> list[str]:
-    """What was found to feed the weights, with its gain, and where nothing was."""
+    """What was found to feed the weights that have a gain, and where nothing was."""
     by_function: dict[tuple[str, float], list[str]] = {}
     unknown = []
     for one in drawn:
+        if one.scheme not in SCHEMES or not (SCHEMES[one.scheme].takes_gain or one.scheme == AUTO):
+            continue
         functions, gain = trace.functions_of(one.name), trace.gain_of(one.name)
         if gain is None:
             unknown.append(one.name)
         elif functions:
             by_function.setdefault((" ".join(functions), gain), []).append(one.name)
     notes = [f"fed by {what}, whose gain is {gain:.4g}: {listed(names)}" for (what, gain), names in by_function.items()]
-    return notes + (
-        [f"what feeds them was not found, so the gain is the scheme's own: {listed(unknown)}"] * bool(unknown)
-    )
+    if unknown:
+        notes.append(f"what feeds them was not found, so the gain is the scheme's own: {listed(unknown)}")
+    return notes
 
 
 def note_on_calibration(factors: Mapping[str, float], trace: Trace) -> str:

@@ -47,6 +47,7 @@ def test_where_gains_do_not_matter_each_module_draws_as_it_does(model: nn.Sequen
             assert entry.scheme == "torch_default", entry.name
             assert entry.target_std == pytest.approx(1 / math.sqrt(3 * WIDTH))
     assert all(layer.bias.any() for layer in model if isinstance(layer, nn.Linear))
+    assert not any(note.startswith("fed by") for note in report.notes)  # there is no gain to speak of
 
 
 class Blocks(nn.Module):

@@ -327,7 +327,7 @@ def weights_on_threads(scheme: str) -> Weights:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo itself
 def test_compiled_model_has_the_same_weights(expected: Weights) -> None:
     compiled = DigitsModule(lambda: torch.compile(AllKinds(), backend="eager"))  # type: ignore[return-value]
-    weights = weights_at_start(compiled, InitCallback(seed=SEED), make_trainer)
+    weights = weights_at_start(compiled, InitCallback("he_normal", seed=SEED), make_trainer)
     assert all(name.startswith("_orig_mod.") for name in weights)
     assert_same({name.removeprefix("_orig_mod."): weight for name, weight in weights.items()}, expected)
 
@@ -340,7 +340,7 @@ def test_bfloat16_weights_are_the_rounded_ones(strategy: str, world_size: int, e
 
 
 def late_weights() -> Weights:
-    return weights_at_start(LateModule(AllKinds), InitCallback(seed=SEED), make_ddp_trainer)
+    return weights_at_start(LateModule(AllKinds), InitCallback("he_normal", seed=SEED), make_ddp_trainer)
 
 
 def test_configure_model_layers_are_initialized(expected: Weights) -> None:
@@ -355,7 +355,7 @@ def seeded_by(seed: int | None, torch_seed: int | None = 0) -> Weights:
         torch.seed()  # as in a process that has just started: forked ones have their parent's
     else:
         torch.manual_seed(torch_seed + dist.get_rank())
-    return weights_at_start(DigitsModule(mlp), InitCallback(), make_ddp_trainer)
+    return weights_at_start(DigitsModule(mlp), InitCallback("he_normal"), make_ddp_trainer)
 
 
 def test_seed_of_seed_everything_is_used() -> None:
