@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def check_choice(what: str, given: object, allowed: Iterable[str]) -> None:
@@ -39,6 +39,15 @@ def nearest_names(given: str, known: Iterable[str], *, at_most: int, however_far
     """
     # 2·common/(sum of both lengths) has to be 0.6, difflib's own default: at 0.5, "red" would be offered for "green".
     return difflib.get_close_matches(given, list(known), n=at_most, cutoff=0.0 if however_far else 0.6)
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The first of many names, and how many there are beyond.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def check_positive(what: str, value: float) -> None:

@@ -30,9 +30,6 @@ P = ParamSpec("P")
 _LARGEST = torch.finfo(torch.float32).max
 """For callbacks that end training when what they watch is missing, or infinite."""
 
-_LONGEST_ACCUMULATION = 128
-"""Batches within which nobody can be sure that no optimizer steps: gradients may be accumulated by hand."""
-
 
 def _guarded(
     hook: Callable[Concatenate[ActivationVarianceMonitor, P], None],
@@ -166,15 +163,15 @@ class ActivationVarianceMonitor(Callback):
         try:
             layers = find_layers(pl_module)
         except Exception as error:
-            self._session = FitSession(Recorder([], self.stats, device), LoggedSteps(interval), Parts(pl_module))
+            self._session = FitSession(Recorder([], self.stats, device), LoggedSteps(interval))
             self._session.recorder.fail("finding the layers", error)
         else:
             chosen = select_layers(layers, self.layers)
-            recorder = Recorder(chosen, self.stats, device, layers)
-            self._session = FitSession(recorder, LoggedSteps(interval), Parts(pl_module))
+            recorder = Recorder(chosen, self.stats, device, layers, Parts(pl_module))
+            self._session = FitSession(recorder, LoggedSteps(interval))
             of_outputs = [stat for stat in self.stats if STATISTICS[stat].source == "output"]
             if self.validation and of_outputs:
-                self._session.validation = Recorder(chosen, of_outputs, device, layers)
+                self._session.validation = Recorder(chosen, of_outputs, device, layers, Parts(pl_module))
 
     @override
     @_guarded
@@ -199,7 +196,8 @@ class ActivationVarianceMonitor(Callback):
         session.step = step  # before anything can fail: a rank that fails still comes to the exchange
         if is_first_batch:
             session.backward_in_step = False
-            self._keep_up_with(session, pl_module)
+            if session.recorder.keep_up_with(pl_module, self.layers):
+                session.warn_once("changed", "goes on with the model's present layers and parameters, which are new.")
             session.recorder.start_step()
         if session.recorder.local_error is None:
             session.start_recording(pl_module)
@@ -270,7 +268,7 @@ class ActivationVarianceMonitor(Callback):
         try:
             if (stats := session.recorder.exchange()) is not None:
                 self._publish(session, trainer, stats, step)
-                self._count_empty_norms(session, trainer, stats, step)
+                notices.count_empty_norms(session, trainer, stats, step)
         except Warning:  # which the user wants as an error
             raise
         except Exception as error:
@@ -286,6 +284,7 @@ class ActivationVarianceMonitor(Callback):
         session = self._session
         assert session is not None
         if session.validation is not None and not trainer.sanity_checking and not session.validation.disabled_reason:
+            session.validation.keep_up_with(pl_module, self.layers)
             session.start_validation(pl_module)
 
     @override
@@ -344,23 +343,6 @@ class ActivationVarianceMonitor(Callback):
             self._session.stop_recording()
             self._coverage = self._session.recorder.coverage
         self._session = None
-
-    def _keep_up_with(self, session: FitSession, model: LightningModule) -> None:
-        """Watch the layers that the model has now, if they are others than at the last logged step."""
-        if session.parts.are_those_of(model):
-            return
-        session.parts = Parts(model)
-        found = find_layers(model)
-        session.recorder.watch(select_layers(found, self.layers, missing_ok=True), found)
-        session.warn_once("changed", "goes on with the model's present layers and parameters, which are new.")
-
-    def _count_empty_norms(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
-        """Say it when several logged steps had a backward pass, and none a single gradient's norm."""
-        if stats.values.get("gradient_norm", True):
-            session.norms_may_be_empty = True
-        session.steps_with_backward += session.backward_in_step
-        if step >= _LONGEST_ACCUMULATION:
-            notices.explain_empty_norms(session, trainer)
 
     def _publish(self, session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
         """Hand the statistics of a step to ``latest``, to other callbacks, and on rank zero to the loggers."""

@@ -9,12 +9,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_init.callbacks import _lightning
 from lightning_init.callbacks.session import FitSession
-from lightning_init.monitor.coverage import shortened
-from lightning_init.monitor.statistics import STATISTICS
+from lightning_init.checks import listed
+from lightning_init.monitor.coverage import MOST_NAMES
+from lightning_init.monitor.statistics import STATISTICS, LayerStats
 from lightning_init.show.loggers import StatisticsWriter
 
 _PATIENCE = 3
 """Logged steps in which something stays empty before it is said."""
+
+_LONGEST_ACCUMULATION = 128
+"""Batches within which nobody can be sure that no optimizer steps: gradients may be accumulated by hand."""
 
 
 def warn_of_watchers(trainer: Trainer, stats: Sequence[str], interval: int) -> None:
@@ -42,7 +46,8 @@ def tell_of_eager_modules(session: FitSession, module: LightningModule) -> None:
         names = [name or "the whole model" for name, inner in module.named_modules() if inner in eager]
         rank_zero_info(
             "ActivationVarianceMonitor runs these compiled modules eagerly in logged steps, which takes their eager "
-            f"memory and time: {shortened(names)}. One of whose layers none is chosen by `layers` stays compiled."
+            f"memory and time: {listed(names, MOST_NAMES)}. "
+            "One of whose layers none is chosen by `layers` stays compiled."
         )
 
 
@@ -110,6 +115,15 @@ def explain_lost_gradients(session: FitSession) -> None:
         )
 
 
+def count_empty_norms(session: FitSession, trainer: Trainer, stats: LayerStats, step: int) -> None:
+    """Called at the end of a logged step: says it when several had a backward pass, and none a gradient's norm."""
+    if stats.values.get("gradient_norm", True):
+        session.norms_may_be_empty = True
+    session.steps_with_backward += session.backward_in_step
+    if step >= _LONGEST_ACCUMULATION:
+        explain_empty_norms(session, trainer)
+
+
 def explain_empty_norms(session: FitSession, trainer: Trainer) -> None:
     """Say why several logged steps had a backward pass, and none a single gradient's norm."""
     if session.norms_may_be_empty or session.steps_with_backward < _PATIENCE:
@@ -125,4 +139,4 @@ def explain_empty_norms(session: FitSession, trainer: Trainer) -> None:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return shortened([repr(name) for name in names])
+    return listed([repr(name) for name in names], MOST_NAMES)

@@ -13,7 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_init.callbacks._lightning import in_training_step, in_validation_step
 from lightning_init.callbacks.stepping import LoggedSteps
-from lightning_init.introspect.layers import Parts
 from lightning_init.monitor.recorder import Recorder
 from lightning_init.show.loggers import StatisticsWriter
 
@@ -25,7 +24,6 @@ class FitSession:
     Attributes:
         recorder: records and exchanges the statistics.
         logged_steps: which steps are logged.
-        parts: what the model consisted of when its layers were found.
         validation: records and exchanges the statistics of validations; None if they were not asked for.
         writer: writes to the Trainer's loggers; made when there is something to write.
         step: the logged step whose micro-batches are being recorded; None between logged steps.
@@ -43,7 +41,6 @@ class FitSession:
 
     recorder: Recorder
     logged_steps: LoggedSteps
-    parts: Parts
     validation: Recorder | None = None
     writer: StatisticsWriter | None = None
     step: int | None = None

@@ -78,8 +78,7 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
     if scheme.takes_gain and model.trace.feed_of(name) == "linear":
         gain = 1.0
     elif scheme.takes_gain and request.is_gain_traced and rule is None:
-        traced = model.trace.gain_of(name)
-        gain = gain if traced is None else traced
+        gain = _traced(name, gain, model)
     factor = model.beside_tables.get(name)
     if factor is not None and scheme.takes_gain:
         return scheme, BESIDE_TABLE, gain * factor
@@ -90,13 +89,18 @@ def _for_weight(candidate: Candidate, role: Role, request: Request, model: Whole
 
 def _auto(name: str, scheme: Auto, model: WholeModel) -> tuple[Scheme, str, float]:
     """What a weight in a deep chain gets: the gain of what feeds it, and its share of a sum."""
-    traced = model.trace.gain_of(name)
-    gain = scheme.gain if traced is None else traced
+    gain = _traced(name, scheme.gain, model)
     factor = model.beside_tables.get(name)
     if factor is not None:
         return scheme, BESIDE_TABLE, gain * factor
     summands = model.trace.summands_with(name)
     return scheme, "scheme" if summands == 1 else f"one of {summands} summands", gain / math.sqrt(summands)
+
+
+def _traced(name: str, otherwise: float, model: WholeModel) -> float:
+    """The gain of what feeds a weight, where it was found."""
+    gain = model.trace.gain_of(name)
+    return otherwise if gain is None else gain
 
 
 def _gain(scheme: Scheme, request: Request) -> float:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from lightning_init.checks import listed
 from lightning_init.initialization.choice import BESIDE_TABLE
 from lightning_init.initialization.plan import Assignment
-from lightning_init.initialization.report import listed
 from lightning_init.initialization.rules import AUTO
 from lightning_init.introspect.trace import Trace
 from lightning_init.schemes.distributions import Distribution

@@ -31,12 +31,12 @@ def targets(plan: Iterable[Assignment], trace: Trace, calibration: Calibration) 
     Not those that a rule or their author decided on, nor output layers, nor what a normalisation scales anyway, nor
     what is added to a lookup table.
     """
-    found = {}
+    found, heads = {}, set(trace.heads)
     for one in plan:
         is_plain = isinstance(one.site.module, (nn.Linear, _ConvNd)) and one.name == one.site.forward_fqn
         is_chosen = one.is_drawn and one.role is not None and one.role.kind == "weight"
         is_schemes = one.decided_by == "scheme" or one.decided_by.endswith("summands")
-        if not (is_plain and is_chosen and is_schemes) or one.name in trace.heads or trace.is_normalized(one.name):
+        if not (is_plain and is_chosen and is_schemes) or one.name in heads or trace.is_normalized(one.name):
             continue
         variance = calibration.variance
         if variance is None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_init.checks import listed
 from lightning_init.initialization.advice import registration
 from lightning_init.initialization.choice import choose
 from lightning_init.initialization.evidence import Evidence
 from lightning_init.initialization.intent import purposes_of
 from lightning_init.initialization.reasons import Reason
-from lightning_init.initialization.report import listed
 from lightning_init.initialization.rules import Request
 from lightning_init.initialization.survey import Candidate, held_by, survey, with_empty_memory_marked
 from lightning_init.initialization.whole_model import WholeModel, as_code

@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from lightning_init.checks import listed
 from lightning_init.initialization.reasons import Reason
 from lightning_init.schemes.fans import Fans
 
@@ -188,11 +189,6 @@ class InitReport:
 def _few(lines: Sequence[str]) -> list[str]:
     more = [f"… and {len(lines) - SHOWN} more such lines"] if len(lines) > SHOWN else []
     return [*lines[:SHOWN], *more]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first few of many names."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

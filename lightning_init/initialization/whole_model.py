@@ -163,8 +163,9 @@ def _at_default(candidates: Iterable[Candidate], request: Request, trace: Trace)
     if not isinstance(request.scheme, Auto) or not trace.is_of_call or not trace.uses:
         return frozenset()
     names = (one.site.stored_fqn for one in candidates if one.role is not None and one.role.kind == "weight")
+    heads = set(trace.heads)
     return frozenset(
-        name for name in names if name in trace.heads or trace.is_normalized(name) or trace.depth_of(name) < DEEP
+        name for name in names if name in heads or trace.is_normalized(name) or trace.depth_of(name) < DEEP
     )
 
 

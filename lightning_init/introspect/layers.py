@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lightning_init.checks import did_you_mean
+from lightning_init.checks import did_you_mean, listed
 from lightning_init.introspect.activations import ActivationTraits, activation_of
 from lightning_init.introspect.names import clean_name
 
@@ -120,12 +120,6 @@ def _is_same_part(before: object, now: object) -> bool:
     return before is now or (isinstance(before, DTensor) and isinstance(now, nn.Parameter))
 
 
-def clean_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` under the names a user wrote: ``0``, not ``0._orig_mod``, for a compiled module."""
-    for path, module in model.named_modules():
-        yield clean_name(model, path) if path else "", module
-
-
 def _is_compiled(model: nn.Module) -> bool:
     """Whether a module inside was given to ``torch.compile``, or compiled in place."""
     dynamo = sys.modules.get("torch._dynamo")  # else nothing can have been compiled, and it is slow to import
@@ -144,7 +138,7 @@ def _modules_belonging_to(module: nn.Module) -> list[nn.Module]:
 
 
 def _no_match(pattern: str, names: list[str]) -> str:
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = listed(names, 20)
     return (
         f"layers: {pattern!r} matches no layer (*, ? and [] work as in file names). "
         f"This model's layers are: {shown or 'none'}{did_you_mean(pattern, names)}"

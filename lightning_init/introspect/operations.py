@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -137,8 +137,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._names_of[storage_of(parameter)] = parameter, known | names
                 # What FSDP2 has gathered came from somewhere: it is the parameter all the same. Vectors, such as slopes
                 # of activations and scales of norms, are copied: FSDP2 frees them, and a replay needs what they hold.
-                is_vector = parameter.ndim <= 1 and has_memory(parameter) and not isinstance(parameter, DTensor)
-                kept = parameter.detach().clone() if is_vector and not parameter.is_meta else None
+                before = self._values.get(_view(parameter))
+                kept = before.kept if before is not None and before.parameters == known | names else _copy_of(parameter)
                 self._values[_view(parameter)] = Value(parameter, parameters=known | names, kept=kept)
 
     def __torch_dispatch__(
@@ -230,21 +230,24 @@ def normal_like(value: Value, seed: int = 0) -> Tensor:
     return drawn.to(value.tensor.device, value.tensor.dtype)  # whole, also of what ranks hold in parts
 
 
+def _copy_of(parameter: Tensor) -> Tensor | None:
+    """What a parameter of one dimension holds, where it is whole and in memory."""
+    is_readable = parameter.ndim <= 1 and not isinstance(parameter, DTensor) and not parameter.is_meta
+    return parameter.detach().clone() if is_readable and has_memory(parameter) else None
+
+
 def _is_of_vectors(value: Value, depth: int = 8) -> bool:
-    """Whether a value is made of nothing but constants and parameters that :func:`_is_plausible_vector`."""
+    """Whether a value is made of nothing but constants and parameters whose numbers are known."""
     if value.is_data or depth == 0:
         return False
     if value.operation is None:
-        return not value.parameters or _is_plausible_vector(value)
+        return not value.parameters or _is_plausible(value.kept)
     return all(_is_of_vectors(one, depth - 1) for one in value.inputs)
 
 
-def _is_plausible_vector(value: Value) -> bool:
-    """Whether a value is a parameter of one dimension that holds numbers one could have written."""
-    tensor = value.kept
-    if tensor is None:
-        return False
-    return bool(tensor.isfinite().all()) and bool((tensor.abs() < 1e3).all())
+def _is_plausible(kept: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether the copy of a parameter, if there is one, holds numbers that somebody could have written."""
+    return kept is not None and bool(kept.isfinite().all()) and bool((kept.abs() < 1e3).all())
 
 
 def replay(value: Value, given: Mapping[Value, Tensor], limit: int) -> dict[Value, Tensor]:
@@ -274,8 +277,10 @@ def replay(value: Value, given: Mapping[Value, Tensor], limit: int) -> dict[Valu
         if one not in computed:
             if not one.parameters and (isinstance(one.tensor, DTensor) or not has_memory(one.tensor)):
                 raise RuntimeError("a rank holds only a part of it, or nothing any more")
-            held = one.tensor if one.kept is None else one.kept
-            computed[one] = normal_like(one) if one.parameters and not _is_plausible_vector(one) else held
+            if not one.parameters:
+                computed[one] = one.tensor
+            else:
+                computed[one] = one.kept if _is_plausible(one.kept) else normal_like(one)
         return computed[one].clone()  # operations may work in place
 
     def compute(operation: Operation) -> None:

@@ -8,7 +8,6 @@ What lies between is the function that feeds the weight. A linear one asks for n
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -84,50 +83,45 @@ class Trace:
 
     def feed_of(self, name: str) -> Feed:
         """What feeds a parameter: where it is used several times, the least linear of them."""
-        return self._feeds.get(name, "unknown")
-
-    @functools.cached_property
-    def _feeds(self) -> dict[str, Feed]:
         order: tuple[Feed, ...] = ("linear", "input", "nonlinear", "unknown")
-        feeds: dict[str, Feed] = {}
-        for use in self.uses:
-            for name in use.parameters:
-                feeds[name] = max(feeds.get(name, use.feed), use.feed, key=order.index)
-        return feeds
+        return max((use.feed for use in self._uses_of(name)), key=order.index, default="unknown")
 
     def gain_of(self, name: str) -> float | None:
         """The gain of what feeds a parameter: where it is used several times, the smallest; None if any is unknown."""
-        return self._gains.get(name)
-
-    @functools.cached_property
-    def _gains(self) -> dict[str, float | None]:
-        gains: dict[str, float | None] = {}
-        for use in self.uses:
-            for name in use.parameters:
-                before = gains.get(name, math.inf)
-                gains[name] = None if before is None or use.gain is None else min(before, use.gain)
-        return gains
+        gains = [use.gain for use in self._uses_of(name)]
+        known = [gain for gain in gains if gain is not None]
+        return min(known) if known and len(known) == len(gains) else None
 
     def functions_of(self, name: str) -> tuple[str, ...]:
         """What is nonlinear in what feeds a parameter, by the names of operations."""
-        return tuple(dict.fromkeys(one for use in self.uses if name in use.parameters for one in use.functions))
+        return tuple(dict.fromkeys(one for use in self._uses_of(name) for one in use.functions))
+
+    def _uses_of(self, name: str) -> Sequence[Use]:
+        return self._by_parameter.get(name, ())
+
+    @functools.cached_property
+    def _by_parameter(self) -> dict[str, list[Use]]:
+        return _by_names((use.parameters, use) for use in self.uses)
+
+    @functools.cached_property
+    def _by_parameter_before(self) -> dict[str, list[Use]]:
+        """By parameter, the uses that it feeds."""
+        return _by_names((use.follows, use) for use in self.uses)
 
     def to_dict(self) -> dict[str, Any]:
         """The trace as plain data, for JSON: by parameter, what feeds it and where it leads to, in execution order."""
-        rows: dict[str, Any] = {}
-        for use in self.uses:
-            for name in sorted(use.parameters):
-                rows.setdefault(
-                    name,
-                    {
-                        "feed": self.feed_of(name),
-                        "functions": list(self.functions_of(name)),
-                        "gain": self.gain_of(name),
-                        "tables_beside": dict(self.tables_beside(name)),
-                        "summands": self.summands_with(name),
-                        "is_output": name in self.heads,
-                    },
-                )
+        heads = set(self.heads)
+        rows = {
+            name: {
+                "feed": self.feed_of(name),
+                "functions": list(self.functions_of(name)),
+                "gain": self.gain_of(name),
+                "tables_beside": dict(self.tables_beside(name)),
+                "summands": self.summands_with(name),
+                "is_output": name in heads,
+            }
+            for name in self._by_parameter
+        }
         return {"why_not": self.why_not, "parameters": rows}
 
     def __str__(self) -> str:
@@ -148,39 +142,35 @@ class Trace:
     def tables_beside(self, name: str) -> Mapping[str, float]:
         """The lookup tables whose rows are added to a weight's outputs, with the constant that multiplies the rows."""
         tables: dict[str, float] = {}
-        for destination in self._destinations.get(name, ()):
+        for destination in self._destinations_of(name):
             for table, factor in destination.tables.items():
                 tables[table] = max(factor, tables.get(table, 0.0))
         return tables
 
     def summands_with(self, name: str) -> int:
         """How many products are added up where what comes out of a weight goes; the weight's own counts."""
-        return max((destination.summands for destination in self._destinations.get(name, ())), default=1)
+        return max((destination.summands for destination in self._destinations_of(name)), default=1)
 
     def is_enlarged(self, name: str) -> bool:
         """Whether a constant multiplies what comes out of a weight before something nonlinear reads it."""
-        return any(destination.is_enlarged for destination in self._destinations.get(name, ()))
+        return any(destination.is_enlarged for destination in self._destinations_of(name))
 
     def is_reduced(self, name: str) -> bool:
         """Whether a constant makes smaller what a weight reads, or what comes out of it."""
-        return any(destination.is_reduced for destination in self._destinations.get(name, ()))
+        return any(destination.is_reduced for destination in self._destinations_of(name))
 
-    @functools.cached_property
-    def _destinations(self) -> dict[str, list[Destination]]:
-        destinations: dict[str, list[Destination]] = {}
-        for use in self.uses:
-            for name in use.parameters:
-                destinations.setdefault(name, []).append(use.destination)
-        return destinations
+    def _destinations_of(self, name: str) -> list[Destination]:
+        return [use.destination for use in self._uses_of(name)]
 
     def is_normalized(self, name: str) -> bool:
         """Whether all that comes out of a weight goes into normalisations, which make its scale meaningless."""
-        of_weight = [use.is_normalized for use in self.uses if name in use.parameters]
-        return bool(of_weight) and all(of_weight)
+        uses = self._uses_of(name)
+        return bool(uses) and all(use.is_normalized for use in uses)
 
     def functions_behind(self, name: str) -> tuple[str, ...]:
         """What is nonlinear between a weight's output and the weights that it feeds."""
-        return tuple(dict.fromkeys(one for use in self.uses if name in use.follows for one in use.functions))
+        fed = self._by_parameter_before.get(name, ())
+        return tuple(dict.fromkeys(one for use in fed for one in use.functions))
 
     def depth_of(self, name: str) -> int:
         """How many weights the longest chain through this one has: each feeds the next, and nothing else does."""
@@ -205,14 +195,19 @@ class Trace:
         """This trace, or what another knows where this one has nothing; it still says why it has nothing."""
         return self if self.uses else Trace(other.uses, self.why_not, other.is_of_call)
 
-    @property
+    @functools.cached_property
     def heads(self) -> tuple[str, ...]:
         """Names of the weights that give the model's outputs."""
-        names: dict[str, bool] = {}
-        for use in self.uses:
-            for name in sorted(use.parameters):
-                names[name] = names.get(name, True) and use.is_output
-        return tuple(name for name, is_output in names.items() if is_output)
+        return tuple(name for name, uses in self._by_parameter.items() if all(use.is_output for use in uses))
+
+
+def _by_names(named: Iterable[tuple[frozenset[str], Use]]) -> dict[str, list[Use]]:
+    """Uses by each of the names beside them."""
+    found: dict[str, list[Use]] = {}
+    for names, use in named:
+        for name in sorted(names):
+            found.setdefault(name, []).append(use)
+    return found
 
 
 def trace_of(operations: Sequence[Operation]) -> Trace:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lightning_init.checks import listed
+
+MOST_NAMES = 20
+"""How many layers are named in one line."""
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
@@ -45,13 +50,7 @@ class Coverage:
             *((f"not on rank {rank}", names) for rank, names in self.missing_on.items()),
         ):
             if names:
-                parts.append(f"{what}: {shortened(names)}")
+                parts.append(f"{what}: {listed(names, MOST_NAMES)}")
         if self.disabled_reason:
             parts.append(f"switched off: {self.disabled_reason}")
         return "; ".join(parts)
-
-
-def shortened(names: tuple[str, ...] | list[str], most: int = 20) -> str:
-    """The first ``most`` names, and how many there are beyond."""
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -9,7 +9,7 @@ own stays as it is, and so does a module none of whose layers is recorded: some 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -75,7 +75,7 @@ def release_eager(holder: object) -> None:
                 one.put_back()
 
 
-def _compiled_attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any, bool]]:
+def _compiled_attributes(module: nn.Module) -> list[tuple[str, Any, Any, bool]]:
     """Name, compiled value and what it was compiled from, and whether it is the module's own or its class's."""
     found = [
         (name, value, getattr(value, _COMPILED_FROM), True)
@@ -88,4 +88,4 @@ def _compiled_attributes(module: nn.Module) -> Iterator[tuple[str, Any, Any, boo
         for name, value in vars(kind).items():
             if isinstance(value, FunctionType) and hasattr(value, _COMPILED_FROM) and name not in vars(module):
                 found.append((name, value, MethodType(getattr(value, _COMPILED_FROM), module), False))
-    yield from found
+    return found

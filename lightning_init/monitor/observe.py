@@ -37,7 +37,8 @@ class observe:
     (['0', '1', '2'], ['0', '2', 'total'])
 
     Args:
-        model: any module; it may be wrapped or compiled. Compiled code runs eagerly inside the block.
+        model: any module; it may be wrapped or compiled. Compiled modules with recorded layers run eagerly inside the
+            block.
         layers: globs on layer names; None: every layer.
         stats: the statistics; None: the monitor's default set. Those that need an optimizer's step are not available.
 
@@ -59,9 +60,8 @@ class observe:
             )
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         self._model, self._patterns = model, layers
-        self._parts = Parts(model)
         found = find_layers(model)
-        self._recorder = Recorder(select_layers(found, layers), chosen, device, found)
+        self._recorder = Recorder(select_layers(found, layers), chosen, device, found, Parts(model))
         self._stats: LayerStats | None = None
         self._is_open = False
         self._before: dict[nn.Parameter, _GradientState] = {}
@@ -69,10 +69,7 @@ class observe:
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> observe:
-        if not self._parts.are_those_of(self._model):
-            self._parts = Parts(self._model)
-            found = find_layers(self._model)
-            self._recorder.watch(select_layers(found, self._patterns, missing_ok=True), found)
+        self._recorder.keep_up_with(self._model, self._patterns)
         self._recorder.start_step()
         self._stats, self._is_open = None, True
         self._before = {parameter: _state_of(parameter) for parameter in self._model.parameters()}

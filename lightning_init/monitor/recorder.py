@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_init.distributed.ranks import all_gather_object, world_size
-from lightning_init.introspect.layers import Layer
+from lightning_init.introspect.layers import Layer, Parts, find_layers, select_layers
 from lightning_init.monitor.collector import ActivationCollector, always
 from lightning_init.monitor.coverage import Coverage
 from lightning_init.monitor.exchange import (
@@ -75,6 +75,7 @@ class Recorder:
         device: where the summed vector lives.
         model_layers: all layers of the model, if ``layers`` are only some: an activation has the units of the layer
             behind which it is called.
+        parts: what the model consisted of when its layers were found; None: it will not change.
 
     Attributes:
         local_error: the first thing that failed on this rank.
@@ -83,7 +84,12 @@ class Recorder:
     """
 
     def __init__(
-        self, layers: Sequence[Layer], stats: Sequence[str], device: torch.device, model_layers: Sequence[Layer] = ()
+        self,
+        layers: Sequence[Layer],
+        stats: Sequence[str],
+        device: torch.device,
+        model_layers: Sequence[Layer] = (),
+        parts: Parts | None = None,
     ) -> None:
         self.stats = tuple(stats)
         self.device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
@@ -98,10 +104,25 @@ class Recorder:
         self._layer_of: dict[str, str] = {}
         self._missing_on: dict[int, tuple[str, ...]] = {}
         self._has_new_layers = False
-        self.watch(layers, model_layers)
+        self._parts = parts
+        self._watch(layers, model_layers)
 
-    def watch(self, layers: Sequence[Layer], model_layers: Sequence[Layer] = ()) -> None:
-        """Record these layers from now on: the model's present ones, where it has changed. Nothing may be attached."""
+    def keep_up_with(self, model: nn.Module, patterns: Sequence[str] | None) -> bool:
+        """Record the layers that the model has now, if it has changed since they were found; says whether it has.
+
+        Nothing may be attached.
+
+        Args:
+            model: whose layers are recorded.
+            patterns: globs on their names, which may match none any more.
+        """
+        if self._parts is None or self._parts.are_those_of(model):
+            return False
+        self._parts, found = Parts(model), find_layers(model)
+        self._watch(select_layers(found, patterns, missing_ok=True), found)
+        return True
+
+    def _watch(self, layers: Sequence[Layer], model_layers: Sequence[Layer]) -> None:
         self.layers = list(layers)
         neighbours = [layer for layer in model_layers if layer not in self.layers]
         self._collector = ActivationCollector(layers, self.stats, on_fault=self._fail_in_hook, neighbours=neighbours)
@@ -208,8 +229,9 @@ class Recorder:
         if self._norms.kinds or self._parameter_measures.measures:
             gradients = whole_gradients(parameters)
             if self.local_error is None:
-                self._norms.before_step(gradients, factor())
-                self._parameter_measures.before_step(gradients, factor())
+                multiplied_by = factor()
+                self._norms.before_step(gradients, multiplied_by)
+                self._parameter_measures.before_step(gradients, multiplied_by)
 
     def after_optimizer_step(self, parameters: Iterable[nn.Parameter], factor: Callable[[], Number] = unscaled) -> None:
         """Record clipped gradients and updates, when the optimizer has changed ``parameters``."""

@@ -71,6 +71,21 @@ def test_validation_is_not_recorded_unless_asked_for() -> None:
     assert not any(tag.startswith("validation") for tags in memory.steps.values() for tag in tags)
 
 
+def test_validation_is_of_the_layers_that_the_model_has_by_then() -> None:
+    class Changing(Validating):
+        def on_train_epoch_end(self) -> None:
+            self.network[2] = nn.Sequential(nn.Linear(16, 16))
+
+    module, memory = Changing(), MemoryLogger()
+    module.network = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 10))
+    monitor = ActivationVarianceMonitor(100, validation=True, stats=["activation_variance"])
+    make_trainer(max_epochs=2, logger=memory, callbacks=[monitor], val_check_interval=4).fit(module)
+    tags = [set(row) for row in memory.steps.values() if any(tag.startswith("validation") for tag in row)]
+    assert "validation/activation_variance/network.2" in tags[0]
+    assert "validation/activation_variance/network.2.0" in tags[-1]
+    assert "validation/activation_variance/network.2" not in tags[-1]
+
+
 def test_validation_does_not_change_what_training_logs() -> None:
     logged = []
     for validation in (False, True):
